@@ -1,0 +1,10 @@
+"""One file per method; ``base`` holds the signature they share."""
+
+from peftlib.methods.adapter import Adapter
+from peftlib.methods.bitfit import BitFit
+from peftlib.methods.full import FullFineTuning
+from peftlib.methods.lora import LoRA
+from peftlib.methods.new_head import NewHead
+from peftlib.methods.partial import PartialFineTuning
+
+__all__ = ["Adapter", "BitFit", "FullFineTuning", "LoRA", "NewHead", "PartialFineTuning"]

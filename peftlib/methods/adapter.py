@@ -1,0 +1,314 @@
+"""Bottleneck adapters: a small MLP after a module, or beside it.
+
+Shape legend: W feature width of the output, I of the input, M bottleneck.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftlib.errors import PeftlibError, ProbeError, TargetError
+from peftlib.methods.base import (
+    CHILD,
+    Delta,
+    Method,
+    Site,
+    check_positive_int,
+    first_argument,
+    map_first,
+    placement,
+)
+from peftlib.methods.linear import CONVOLUTIONS, input_width, leaves, linear_shape, output_width
+from peftlib.methods.lora import linear_sites
+
+if TYPE_CHECKING:
+    from peftlib.probe import Probe
+    from peftlib.targets import Tree
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+
+
+class Bottleneck(Delta):
+    """``s U act(D h + d) + u`` on the feature axis; a 1x1 convolution where that axis is not the last."""
+
+    def __init__(self, method: Adapter, sizes: tuple[int, int, int], axis: int, **where: Any):
+        super().__init__()
+        inside, dim, out = sizes
+        self.activation, self.parallel, self.scale = (
+            method.activation,
+            method.placement == "parallel",
+            method.scale,
+        )
+        self.axis = axis
+        self.norm = nn.LayerNorm(inside, **where) if method.layer_norm else None
+        self.down = nn.Parameter(torch.empty(dim, inside, **where))
+        self.down_bias = nn.Parameter(torch.zeros(dim, **where))
+        self.up = nn.Parameter(torch.zeros(out, dim, **where))
+        self.up_bias = nn.Parameter(torch.zeros(out, **where))
+        if self.down.device.type != "meta":
+            nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        dim, inside = self.down.shape
+        return f"{inside} -> {dim} -> {self.up.shape[0]}, {self.activation}, {'parallel' if self.parallel else 'sequential'}"
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.parallel:
+            x = first_argument(args, kwargs)
+            return map_first(base(*args, **kwargs), lambda f: f + self._bottleneck(x))
+        return map_first(base(*args, **kwargs), lambda f: f + self._bottleneck(f))
+
+    def _bottleneck(self, h: Tensor) -> Tensor:
+        wanted = self.down.shape[1]
+        if h.dim() < 1 or h.dim() <= self.axis or h.shape[self.axis] != wanted:
+            raise PeftlibError(
+                f"An adapter for {wanted} features on axis {self.axis} met a tensor of shape {tuple(h.shape)}. Attach with "
+                "example=, so that the width is seen instead of guessed, or set Adapter(axis=...)."
+            )
+        last = self.axis in (-1, h.dim() - 1)
+        h = h if last else h.movedim(self.axis, -1)
+        if self.norm is not None:
+            h = F.layer_norm(
+                h, self.norm.normalized_shape, _like(self.norm.weight, h), _like(self.norm.bias, h)
+            )
+        z = ACTIVATIONS[self.activation](F.linear(h, _like(self.down, h), _like(self.down_bias, h)))
+        out = F.linear(z, _like(self.up, h), _like(self.up_bias, h))
+        out = out if self.scale == 1 else out * self.scale
+        return out if last else out.movedim(-1, self.axis)
+
+    def merged(self) -> Any:
+        raise PeftlibError(
+            "An adapter cannot be merged: there is a nonlinearity between its two matrices. Keep it attached."
+        )
+
+
+def _like(parameter: Tensor, h: Tensor) -> Tensor:
+    return parameter if parameter.dtype == h.dtype else parameter.to(h.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Method):
+    r"""A bottleneck after a module, ``out = f + s (U act(D f + d) + u)``, or beside it, ``out = f + s (U act(D x + d) + u)``.
+
+    f = f(x) is the module's output, or its first output; D (M, W), d (M), U (W, M), u (W): 2 M W + M + W parameters.
+    U and u start at 0, so attaching changes nothing; D starts kaiming-uniform(sqrt 5). On channel-first modules
+    (convolutions, batch norms) the two matrices act as 1x1 convolutions.
+
+    Args:
+        dim: bottleneck M. Give this or ``reduction``.
+        reduction: M = W / reduction (at least 1).
+        activation: ``"relu"``, ``"gelu"``, ``"silu"``, ``"tanh"`` or ``"identity"``.
+        placement: ``"sequential"`` (after) or ``"parallel"`` (beside).
+        scale: s; 4 is He et al.'s choice for parallel adapters.
+        layer_norm: normalize the bottleneck's input with a trained LayerNorm (2 W more parameters).
+        axis: feature axis of the module's output; ``None`` takes the example's or the module's own.
+        where: which places the default takes: ``"blocks"``, or the published ``"houlsby"``, ``"pfeiffer"`` and
+            ``"parallel"``, which need ``example=`` to see the order in which a block works.
+
+    Raises:
+        PeftlibError: neither or both of dim and reduction, an unknown activation or placement, a width that cannot be
+            told from attributes (pass ``example=``), or an output of another width than expected.
+
+    Default sites: after each repeated block of the model (the elements of its module lists); where there are none,
+    every linear-like module but the output head. With a preset, the published places in each block.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+        >>> peftlib.attach(model, peftlib.Adapter(dim=4), targets=["0"]).num_parameters  # 2*4*32 + 4 + 32
+        292
+
+    Source: Houlsby et al. 2019, arXiv:1902.00751, section 2.1; Pfeiffer et al. 2021, arXiv:2005.00247;
+    He et al. 2022, arXiv:2110.04366, section 3.
+    """
+
+    dim: int | None = None
+    reduction: float | None = None
+    activation: str = "relu"
+    placement: str = "sequential"
+    scale: float = 1.0
+    layer_norm: bool = False
+    axis: int | None = None
+    where: str = "blocks"
+
+    def __post_init__(self) -> None:
+        if (self.dim is None) == (self.reduction is None):
+            raise PeftlibError(
+                f"Adapter(dim={self.dim!r}, reduction={self.reduction!r}): give exactly one of dim= (the bottleneck) and "
+                "reduction= (width divided by it)."
+            )
+        if self.dim is not None:
+            check_positive_int("Adapter", dim=self.dim)
+        elif not isinstance(self.reduction, (int, float)) or not self.reduction > 0:
+            raise PeftlibError(f"Adapter(reduction={self.reduction!r}): reduction must be a positive number.")
+        for name, value, allowed in (
+            ("activation", self.activation, tuple(ACTIVATIONS)),
+            ("placement", self.placement, ("sequential", "parallel")),
+            ("where", self.where, ("blocks", "houlsby", "pfeiffer", "parallel")),
+        ):
+            if value not in allowed:
+                raise PeftlibError(
+                    f"Adapter({name}={value!r}): {name} must be one of {', '.join(map(repr, allowed))}."
+                )
+        if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
+            raise PeftlibError(f"Adapter(scale={self.scale!r}): scale must be a finite number.")
+
+    @classmethod
+    def houlsby(cls, dim: int = 64, **fields: Any) -> Adapter:
+        """Two per block: after the attention's and after the feed-forward's last projection (Houlsby et al. 2019)."""
+        return cls(dim=dim, **{"activation": "gelu", "where": "houlsby", **fields})
+
+    @classmethod
+    def pfeiffer(cls, reduction: float = 16, **fields: Any) -> Adapter:
+        """One per block: after the feed-forward's last projection (Pfeiffer et al. 2021)."""
+        return cls(reduction=reduction, **{"where": "pfeiffer", **fields})
+
+    @classmethod
+    def parallel(cls, dim: int = 512, **fields: Any) -> Adapter:
+        """One per block, beside the feed-forward, scaled by 4 (He et al. 2022)."""
+        return cls(dim=dim, **{"placement": "parallel", "scale": 4.0, "where": "parallel", **fields})
+
+    def refuses(self, site: Site) -> str | None:
+        if site.parameter is not None:
+            return "an adapter acts on a module's output, not on a parameter"
+        if type(site.module).forward is nn.Module.forward:
+            return "it has no forward (a container), so there is no output to adapt"
+        stride = getattr(site.module, "stride", 1)
+        if self.placement == "parallel" and isinstance(site.module, CONVOLUTIONS):
+            if any(s != 1 for s in stride) or site.module.padding == "valid":
+                return "a parallel adapter keeps the spatial size, which this convolution changes"
+        return None
+
+    def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
+        names = repeated_blocks(tree)
+        if self.where == "blocks":
+            return [tree.site(n) for n in names] or list(linear_sites(tree, probe))
+        if probe is None:
+            raise ProbeError(
+                f"Adapter's {self.where!r} places are found by watching a block work: pass example=, or name the places "
+                "with targets=[...]."
+            )
+        found = [site for name in names for site in self._published(tree.site(name), tree, probe)]
+        if not found:
+            raise TargetError(
+                f"{type(tree.model).__name__} shows no block with the {self.where!r} places (a feed-forward of linears"
+                f"{', after an attention that calls SDPA' if self.where == 'houlsby' else ''}). Name them with targets=[...]."
+            )
+        return found
+
+    def _published(self, block: Site, tree: Tree, probe: Probe) -> list[Site]:
+        """The last projection of the block, and the first linear after its attention."""
+        prefix = f"{block.name}."
+        order = [n for n in probe.record.order if n.startswith(prefix)]
+        linear = [n for n in order if n in tree.modules and linear_shape(tree.modules[n]) is not None]
+        if not linear:
+            return []
+        last = linear[-1]
+        calls = [i for i, n in enumerate(order) if n.endswith("!")]
+        if self.where == "parallel":
+            return self._feed_forward(last, tree, probe, block.name)
+        after = next((n for n in order[calls[0] :] if n in linear), None) if calls else None
+        names = [after, last] if self.where == "houlsby" else [last]
+        return [tree.site(n) for n in dict.fromkeys(names) if n is not None]
+
+    @staticmethod
+    def _feed_forward(last: str, tree: Tree, probe: Probe, block: str) -> list[Site]:
+        """The smallest module around the last projection that maps the width back to itself."""
+        for name, _ in tree.ancestors(last):
+            trace = probe.record.traces.get(name)
+            if len(name) <= len(block):
+                break
+            if trace is not None and trace.input and trace.output and trace.input[-1] == trace.output[-1]:
+                return [tree.site(name)]
+        return []
+
+    def survey(self, sites: Sequence[Site], tree: Tree, probe: Probe | None) -> list[Site]:
+        return [replace(site, facts=self._sizes(site, probe)) for site in sites]
+
+    def _sizes(self, site: Site, probe: Probe | None) -> dict[str, int]:
+        guess, inside = output_width(site.module), input_width(site.module)
+        trace = probe.trace(site) if probe is not None else None
+        if trace is not None and trace.output is not None:
+            axis = self.axis if self.axis is not None else _feature_axis(site.module, trace.output, guess)
+            width = trace.output[axis]
+            into = (
+                trace.input[axis]
+                if trace.input and trace.is_floating and len(trace.input) > axis % len(trace.output)
+                else None
+            )
+            if self.placement == "parallel" and (
+                into is None
+                or not trace.input
+                or trace.input[: -1 if axis == -1 else 1] != trace.output[: -1 if axis == -1 else 1]
+            ):
+                raise TargetError(
+                    f"A parallel adapter needs input and output that differ in the feature axis alone; {site.name!r} maps "
+                    f"{trace.input} to {trace.output}. Use placement='sequential', or another module."
+                )
+        elif guess is None:
+            raise ProbeError(
+                f"The width of the output of {site.name or 'the root'!r} ({type(site.module).__name__}) cannot be told "
+                "from its attributes. Pass example=."
+            )
+        else:
+            width, axis = guess[0], guess[1] if self.axis is None else self.axis
+            into = inside[0] if inside is not None else None
+        if self.placement == "sequential":
+            into = width
+        if into is None:
+            raise ProbeError(
+                f"The width of the input of {site.name!r} cannot be told from its attributes. Pass example=."
+            )
+        return {"in": into, "out": width, "axis": axis}
+
+    def build(self, sites: Sequence[Site]) -> dict[str, Delta]:
+        found: dict[str, Delta] = {}
+        for site in sites:
+            into, out, axis = (site.facts[k] for k in ("in", "out", "axis"))
+            dim = self.dim if self.dim is not None else max(1, int(out / self.reduction))  # type: ignore[operator]
+            found[site.name] = Bottleneck(self, (into, dim, out), axis, **placement(site, self.dtype))
+        return found
+
+
+def repeated_blocks(tree: Tree) -> list[str]:
+    """The outermost module lists' elements: the blocks a deep model repeats.
+
+    A list counts if it holds two or more modules of one class that have linears or convolutions inside.
+    """
+    found: list[str] = []
+    for name, module in tree.modules.items():
+        if any(name.startswith(f"{block}.") for block in found):
+            continue
+        children = [(k, m) for k, m in module._modules.items() if m is not None and k != CHILD]
+        kinds = [type(m) for _, m in children]
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) >= 2 and len(set(kinds)) == 1:
+            if type(children[0][1]).forward is nn.Module.forward or not children[0][1]._modules:
+                continue
+            if any(output_width(leaf) is not None for leaf in leaves(children[0][1])):
+                found += [f"{name}.{k}" if name else k for k, _ in children]
+    return list(dict.fromkeys(tree.aliases[n] for n in found))
+
+
+def _feature_axis(module: nn.Module, shape: tuple[int, ...], guess: tuple[int, int] | None) -> int:
+    """Last, unless the module's layers say that axis 1 is the feature axis and the last is not."""
+    if guess is None:
+        return -1
+    size, axis = guess
+    if axis == 1 and len(shape) > 2 and shape[1] == size:
+        return 1
+    if shape[-1] == size or len(shape) < 3:
+        return -1
+    return 1 if shape[1] == size else -1

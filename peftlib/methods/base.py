@@ -1,0 +1,258 @@
+"""The one signature behind every method: ``Method.build(sites) -> {site name: Delta}``.
+
+A *method* is a frozen configuration, a *site* a place in a model, a *delta* the module a method builds for one
+site. A delta gets the forward it wraps as an opaque callable, so a quantized or exotic host needs no branch.
+
+Left out on purpose: anything about names, files or several tunings. That is ``attach``, ``checkpoint``, ``tuning``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftlib.errors import PeftlibError
+
+if TYPE_CHECKING:
+    from peftlib.probe import Probe
+    from peftlib.targets import Tree
+
+CHILD = "_peft"
+"""Name of an open host's child that holds its deltas."""
+
+METHODS: dict[str, type[Method]] = {}
+"""Every method by class name; files name methods by it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One place in a model that a delta can act on.
+
+    Attributes:
+        name: dotted name of the module, or of the parameter for a raw-weight site; ``""`` is the root.
+        module: the host; for a raw-weight site, the module that owns the parameter.
+        parameter: own name of the parameter for a raw-weight site, else ``None``.
+        model: the root that ``attach`` was given.
+        facts: what the probe learned that the method needs, JSON-able, so that loading needs no example.
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str | None = None
+    model: nn.Module | None = None
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Delta(nn.Module):
+    """What a method adds at one site; ``forward(base, *args, **kwargs)`` stands in for the host's forward."""
+
+    passive: ClassVar[bool] = False
+    """True where there is nothing to run: the delta only holds tensors (shared parts, kept base values)."""
+
+    label: str = ""
+    """Set by ``attach``: what tells this delta from others of the same tuning at the same host."""
+    order: int = 0
+    """Set by ``attach``: deltas of one host run in the order in which they came."""
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return base(*args, **kwargs)
+
+    def effective(self, value: Tensor) -> Tensor:
+        """What a raw parameter reads as (raw-weight sites only)."""
+        raise AssertionError(f"{type(self).__name__} does not act on raw parameters")
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters an optimizer gets, by name."""
+        yield from self.named_parameters()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors a file holds, by name."""
+        yield from self.named_parameters()
+        yield from self.named_buffers()
+
+    def switch(self, on: bool) -> None:
+        """Called when the tuning is enabled or disabled, before the host's chain changes."""
+
+    def check_switch(self, on: bool) -> None:
+        """Raise if :meth:`switch` could not be done; called for every part before any is switched."""
+
+    def close(self) -> None:
+        """Called once when the delta leaves its host for good."""
+
+    def merged(self) -> Sequence[tuple[nn.Module, str, slice | None, Callable[[Tensor], Tensor]]]:
+        """Weight updates equal to this delta, as (owner, parameter, rows, old -> new); raises where none is."""
+        raise PeftlibError(
+            f"{type(self).__name__} cannot be merged: it is no change of a weight. Keep the tuning attached."
+        )
+
+    def fold(self) -> bool:
+        """Replace a reparametrization by the values it produces; True if there was one."""
+        return False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Configuration of one fine-tuning method.
+
+    Args:
+        head: a task head trained with the tuning: a target (trained fully), a :class:`NewHead`, or a mapping
+            ``{target: method}``.
+        dtype: dtype of the added parameters; ``None`` takes the host's.
+    """
+
+    head: Any = None
+    dtype: torch.dtype | None = None
+
+    needs_probe: ClassVar[bool] = False
+    """True if the method cannot find or size its sites by attributes alone."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        METHODS[cls.__name__] = cls
+
+    @abstractmethod
+    def refuses(self, site: Site) -> str | None:
+        """Why this method cannot act on a site, or ``None`` if it can."""
+
+    @abstractmethod
+    def build(self, sites: Sequence[Site]) -> dict[str, Delta]:
+        """One delta per site name; names beyond the given sites (``""``: the root) hold shared parts."""
+
+    def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
+        """The sites taken when no target is given."""
+        raise PeftlibError(f"{type(self).__name__} has no default place: name one with targets=[...].")
+
+    def survey(self, sites: Sequence[Site], tree: Tree, probe: Probe | None) -> list[Site]:
+        """The same sites with the facts that :meth:`build` needs; may raise, leave out or add."""
+        return list(sites)
+
+    def fits(self, site: Site) -> str | None:
+        """Why a site that the method takes has the wrong size; a default lists it, an explicit target raises."""
+        return None
+
+    @property
+    def label(self) -> str:
+        return type(self).__name__.lower()
+
+    @property
+    def own_targets(self) -> Sequence[Any] | None:
+        """Targets that the method itself carries (partial fine-tuning)."""
+        return None
+
+    def config(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, for files and tables."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if not (f.default is not dataclasses.MISSING and _same(getattr(self, f.name), f.default))
+        }
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and a == b)
+
+
+def check_positive_int(owner: str, **values: Any) -> None:
+    """Refuse anything but integers >= 1, naming the field."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PeftlibError(f"{owner}({name}={value!r}): {name} must be an integer of at least 1.")
+
+
+def check_probability(owner: str, **values: Any) -> None:
+    """Refuse anything but a number in [0, 1)."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise PeftlibError(f"{owner}({name}={value!r}): {name} must be a number in [0, 1).")
+
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor a module is applied to: its first positional argument, else its first keyword tensor."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise PeftlibError(
+        "A site was called without a tensor argument, so there is nothing for its delta to act on."
+    )
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The first tensor of a module's output (tensor, tuple, mapping or dataclass), or ``None``."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        items: Any = output.values()
+    elif isinstance(output, (tuple, list)):
+        items = output
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        items = [getattr(output, f.name) for f in dataclasses.fields(output)]
+    else:
+        return None
+    for item in items:
+        found = first_tensor(item)
+        if found is not None:
+            return found
+    return None
+
+
+def map_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The output with its first tensor changed; the container keeps its type and is not mutated."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, Mapping):
+        for key, value in output.items():
+            if first_tensor(value) is not None:
+                # Dataclass-like mappings (transformers' ModelOutput) rebuild from keywords.
+                return type(output)(**{**output, key: map_first(value, change)})
+    elif isinstance(output, (tuple, list)):
+        for i, value in enumerate(output):
+            if first_tensor(value) is not None:
+                items = [*output[:i], map_first(value, change), *output[i + 1 :]]
+                return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for f in dataclasses.fields(output):
+            if first_tensor(getattr(output, f.name)) is not None:
+                return dataclasses.replace(output, **{f.name: map_first(getattr(output, f.name), change)})
+    raise PeftlibError(
+        f"A site returned {type(output).__name__} without a tensor in it, so its delta has nothing to add to. "
+        "Target a module whose output (or first output) is a tensor."
+    )
+
+
+def placement(site: Site, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """``{"device": ..., "dtype": ...}`` for the new parameters of a site: those of its host.
+
+    Falls back to the host's descendants, then the model's first floating parameter, then torch's default.
+    Raises if the host's own tensors lie on several devices.
+    """
+    host = site.module
+    own = getattr(host, "_mha", (host,))[0]  # a virtual projection has its attention's tensors
+    tensors = [t for t in (*own._parameters.values(), *own._buffers.values()) if t is not None]
+    if not tensors:
+        tensors = [next(own.parameters(), None) or next(own.buffers(), None)]  # type: ignore[list-item]
+        if tensors[0] is None and site.model is not None:
+            tensors = [next(site.model.parameters(), None)]  # type: ignore[list-item]
+        tensors = [t for t in tensors if t is not None]
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        raise PeftlibError(
+            f"The site {site.name!r} has tensors on mixed devices ({', '.join(sorted(map(str, devices)))}); "
+            "a tuning follows its host. Move the module to one device first."
+        )
+    device = devices.pop() if devices else torch.get_default_device()
+    if dtype is None:
+        floats = [
+            t.dtype
+            for t in tensors
+            if t.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        ]
+        dtype = floats[0] if floats else torch.get_default_dtype()
+    return {"device": device, "dtype": dtype}

@@ -1,0 +1,46 @@
+"""BitFit: only bias vectors are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peftlib.methods.base import Site
+from peftlib.methods.trained import BaseTraining
+
+if TYPE_CHECKING:
+    from peftlib.probe import Probe
+    from peftlib.targets import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit(BaseTraining):
+    """Train every bias b in ``y = W x + b`` and in the normalizations, nothing else.
+
+    A bias is a one-axis parameter named ``bias`` or ending in ``_bias`` (``in_proj_bias``), or, in an ``nn.RNNBase``,
+    beginning with ``bias_``.
+
+    Args:
+        keep_base: keep the base values (small), so that ``disable`` and ``detach`` are exact.
+
+    Default sites: the whole model.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Linear(4, 2)
+        >>> peftlib.attach(model, peftlib.BitFit()).num_parameters
+        2
+
+    Source: Ben Zaken et al. 2021, arXiv:2106.10199, section 3.
+    """
+
+    def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
+        return [tree.site("")] if self.refuses(tree.site("")) is None else []
+
+    def wanted(self, site: Site) -> list[str]:
+        return [
+            n
+            for n in super().wanted(site)
+            if (n == "bias" or n.endswith("_bias") or n.startswith("bias_"))
+            and site.module._parameters[n].dim() == 1  # type: ignore[union-attr]
+        ]

@@ -1,0 +1,81 @@
+"""A fresh output layer in place of the model's own, trained and saved with the tuning.
+
+``out = W h + b`` with W, b new; the layer that was there is neither called nor changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftlib.errors import PeftlibError
+from peftlib.methods.base import Delta, Method, Site, check_positive_int, first_argument, placement
+from peftlib.methods.linear import linear_shape
+
+
+class Head(Delta):
+    """``F.linear(x, weight, bias)`` instead of the host's forward."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, **where: Any):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **where))
+        self.bias = nn.Parameter(torch.zeros(out_features, **where)) if bias else None
+        if self.weight.device.type != "meta":
+            nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        x = first_argument(args, kwargs)
+        weight = self.weight.to(x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def merged(self) -> Any:
+        raise PeftlibError(
+            "NewHead cannot be merged: it replaces a layer of another shape. Keep the tuning attached, or set the layer "
+            "yourself after detach()."
+        )
+
+
+@dataclass(frozen=True)
+class NewHead(Method):
+    """A fresh output layer: ``out = W h + b``.
+
+    Args:
+        out_features: size of the new output.
+        bias: whether it has a bias (starting at 0). W starts kaiming-uniform(sqrt 5), as ``nn.Linear`` does.
+
+    Raises:
+        PeftlibError: ``out_features`` is not a positive integer, or the site is not linear-like.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> tuning = peftlib.attach(model, {"0": peftlib.LoRA(rank=2), "2": peftlib.NewHead(5)})
+        >>> model(torch.randn(3, 8)).shape
+        torch.Size([3, 5])
+    """
+
+    out_features: int
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive_int("NewHead", out_features=self.out_features)
+        if self.head is not None:
+            raise PeftlibError("NewHead is a head itself and takes none.")
+
+    def refuses(self, site: Site) -> str | None:
+        if site.parameter is not None or linear_shape(site.module) is None:
+            return "a new head replaces a linear layer (a module with in_features and out_features)"
+        return None
+
+    def build(self, sites: Sequence[Site]) -> dict[str, Delta]:
+        found: dict[str, Delta] = {}
+        for site in sites:
+            shape = linear_shape(site.module)
+            assert shape is not None
+            found[site.name] = Head(shape[0], self.out_features, self.bias, **placement(site, self.dtype))
+        return found

@@ -1,0 +1,179 @@
+"""Training base tensors themselves, exactly undoable: full, partial and bias-only fine-tuning share this.
+
+The host's own parameters are trained, so optimizers and state dicts see what they always saw. The base values wait
+in the delta; enabling and disabling exchanges the two by pointer, so the base comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftlib.errors import PeftlibError, StateError, TargetError
+from peftlib.methods.base import CHILD, Delta, Method, Site, placement
+
+if TYPE_CHECKING:
+    from peftlib.probe import Probe
+    from peftlib.targets import Tree
+
+
+class Trained(Delta):
+    """Parameters (and running statistics) of one module, trained in place.
+
+    Args:
+        host: the owner.
+        names: its own parameters to train.
+        statistics: its own buffers that training changes (batch-norm statistics).
+        keep_base: keep the base values, at the cost of a second copy, so that disabling and detaching are exact.
+    """
+
+    passive: ClassVar[bool] = True
+
+    def __init__(self, host: nn.Module, names: Sequence[str], statistics: Sequence[str], keep_base: bool):
+        super().__init__()
+        self._host = (host,)
+        self.names, self.statistics, self.keep_base = tuple(names), tuple(statistics), keep_base
+        self.on = False
+        self._flags: dict[str, bool] = {}
+        self.other = nn.Module()
+        """While the tuning is on: the base values. While it is off: the tuned ones."""
+        if keep_base:
+            for name, tensor in self._own():
+                copied = tensor.detach().clone(memory_format=torch.preserve_format)
+                if name in self.names:
+                    # A frozen parameter rather than a buffer, so that sharding treats it like its twin.
+                    self.other._parameters[name] = nn.Parameter(copied, requires_grad=False)
+                else:
+                    self.other._buffers[name] = copied
+
+    def _own(self) -> Iterator[tuple[str, Tensor]]:
+        host = self._host[0]
+        for name in self.names:
+            yield name, host._parameters[name]  # type: ignore[misc]
+        for name in self.statistics:
+            yield name, host._buffers[name]  # type: ignore[misc]
+
+    def _others(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.names:
+            yield name, self.other._parameters[name]  # type: ignore[misc]
+        for name in self.statistics:
+            yield name, self.other._buffers[name]  # type: ignore[misc]
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name in self.names:
+            yield name, self._host[0]._parameters[name]  # type: ignore[misc]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._own() if self.on or not self.keep_base else self._others()
+
+    def check_switch(self, on: bool) -> None:
+        if not on and self.on and not self.keep_base:
+            raise StateError(
+                "This tuning trains base weights in place with keep_base=False, so the base is gone: it can be "
+                "neither disabled nor detached. Attach with keep_base=True to be able to."
+            )
+        if on and not self.on:
+            for sibling in self._host[0]._modules[CHILD]._modules.values():  # type: ignore[union-attr]
+                if isinstance(sibling, Trained) and sibling.on and set(sibling.names) & set(self.names):
+                    both = ", ".join(sorted(set(sibling.names) & set(self.names)))
+                    raise StateError(
+                        f"{type(self._host[0]).__name__}'s {both} is trained by another enabled tuning; two cannot own "
+                        "one weight at a time. Disable that one first (peftlib.use enables exactly one)."
+                    )
+
+    @torch.no_grad()
+    def switch(self, on: bool) -> None:
+        if on == self.on:
+            return
+        if self.keep_base:
+            for (_, own), (_, other) in zip(self._own(), self._others(), strict=True):
+                own.data, other.data = other.data, own.data
+        for name, parameter in self.trained():
+            if on:
+                self._flags[name] = parameter.requires_grad
+            parameter.requires_grad_(True if on else self._flags[name])
+        self.on = on
+
+    def close(self) -> None:
+        for _, parameter in self.trained():
+            if not parameter.requires_grad:
+                parameter.grad = None
+
+    def merged(self) -> list[object]:  # type: ignore[override]
+        return []  # its values are in the weights already
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseTraining(Method):
+    """What full, partial and bias-only fine-tuning share: which base tensors of a site are trained.
+
+    Args:
+        keep_base: keep the base values (a second copy of what is trained), so that ``disable`` and ``detach`` are
+            exact; with ``False`` those two raise.
+    """
+
+    keep_base: bool = True
+
+    def wanted(self, site: Site) -> list[str]:
+        """Own parameters of the site's module that this method trains."""
+        names = [n for n, p in site.module._parameters.items() if p is not None and p.is_floating_point()]
+        return [n for n in names if site.parameter in (None, n)]
+
+    def refuses(self, site: Site) -> str | None:
+        inside = (m for k, m in _descend(site.module))
+        if site.parameter is None and not any(self.wanted(Site(site.name, m)) for m in inside):
+            return "there is no parameter inside that it could train"
+        if site.parameter is not None and not self.wanted(site):
+            return "it is no floating-point parameter that it could train"
+        return None
+
+    def survey(self, sites: Sequence[Site], tree: Tree, probe: Probe | None) -> list[Site]:
+        """One site per module that owns trained tensors; a shared parameter goes to its first owner."""
+        seen: set[int] = set()
+        found: dict[str, Site] = {}
+        names: dict[str, list[str]] = {}
+        for site in sites:
+            for inner in tree.inside(site.name) if site.parameter is None else [site]:
+                owner = inner.name if inner.parameter is None else inner.name.rpartition(".")[0]
+                for name in self.wanted(inner):
+                    parameter = inner.module._parameters[name]
+                    if id(parameter) not in seen:
+                        seen.add(id(parameter))
+                        names.setdefault(owner, []).append(name)
+                        found.setdefault(owner, Site(owner, inner.module, None, tree.model))
+        if not found:
+            raise TargetError(f"{type(self).__name__} finds nothing to train at {[s.name for s in sites]!r}.")
+        return [replace(site, facts={"names": names[owner]}) for owner, site in found.items()]
+
+    def build(self, sites: Sequence[Site]) -> dict[str, Delta]:
+        found: dict[str, Delta] = {}
+        for site in sites:
+            if self.dtype is not None:
+                raise PeftlibError(
+                    f"{type(self).__name__} trains the base's own tensors; dtype= does not apply."
+                )
+            placement(site)
+            names = site.facts["names"]
+            whole = set(names) == {n for n, p in site.module._parameters.items() if p is not None}
+            statistics = [
+                n
+                for n, b in site.module._buffers.items()
+                if b is not None and n not in _volatile(site.module)
+            ]
+            found[site.name] = Trained(site.module, names, statistics if whole else [], self.keep_base)
+        return found
+
+
+def _volatile(module: nn.Module) -> set[str]:
+    return module._non_persistent_buffers_set
+
+
+def _descend(module: nn.Module, key: str = "") -> Iterator[tuple[str, nn.Module]]:
+    yield key, module
+    for key, child in module._modules.items():
+        if child is not None and key != CHILD:
+            yield from _descend(child, key)

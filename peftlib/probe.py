@@ -1,0 +1,358 @@
+"""One fake forward: shapes, attention sites, executed modules, output heads.
+
+The forward runs on a structural copy whose parameters are fake CPU tensors (also where the model lies on a GPU or
+on meta), so it costs no memory, and a module that caches tensors in its first call does so in the copy. Where a
+model asks a tensor for its value, fake tensors cannot follow; then the copy runs for real on the model's own
+parameters, which it shares.
+
+Left out on purpose: tracing. Only module calls and SDPA calls are seen; a hand-written softmax(q @ k.T) is not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from peftlib.errors import ProbeError
+from peftlib.methods.base import CHILD, Site, first_tensor
+from peftlib.methods.linear import linear_shape
+from peftlib.site import can_open_attention, close_host, is_open, open_host
+
+
+@dataclass
+class Trace:
+    """What the example showed of one module.
+
+    Attributes:
+        calls: how often its forward ran.
+        input: shape of its first tensor argument in the first call, or ``None``.
+        output: shape of its first output tensor in the first call, or ``None``.
+        is_floating: whether that input was floating point (an embedding's is not).
+    """
+
+    calls: int = 0
+    input: tuple[int, ...] | None = None
+    output: tuple[int, ...] | None = None
+    is_floating: bool = True
+
+
+@dataclass
+class Attention:
+    """Geometry of the SDPA calls made by one module, which is an attention site.
+
+    Attributes:
+        heads: key/value heads of the call (the smallest seen).
+        key_size, value_size: features per head.
+        width: query heads times features per head.
+        calls: SDPA calls in the example.
+        last: names of the modules that ran after the first of these calls, in order.
+    """
+
+    heads: int
+    key_size: int
+    value_size: int
+    width: int
+    calls: int = 1
+
+
+@dataclass
+class Record:
+    """Everything one forward showed."""
+
+    traces: dict[str, Trace] = field(default_factory=dict)
+    attention: dict[str, Attention] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    """Leaves in the order in which they ran; ``"name!"`` marks an SDPA call in the module ``name``."""
+    heads: list[str] = field(default_factory=list)
+    foreign: set[str] = field(default_factory=set)
+    """Modules that call F.multi_head_attention_forward themselves, whose SDPA cannot be reached."""
+    output: Any = None
+
+
+class Probe:
+    """The record of one example forward, and the means to run another on the same copy.
+
+    Args:
+        model: any module, tunings on it or not.
+        example: positional arguments (a tensor, a tuple or list) or keyword arguments (a mapping).
+
+    Raises:
+        ProbeError: the model cannot be copied, or refuses the example.
+    """
+
+    def __init__(self, model: nn.Module, example: Any):
+        self.args, self.kwargs = as_call(example)
+        self.fake = True
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._copy = structural_copy(model, self._faked)
+        try:
+            self.record = self.run(self.args, self.kwargs)
+        except Exception as error:
+            if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+                raise ProbeError(_why(model, error)) from error
+            # The copy shares the parameters themselves, so that a real forward costs only its activations.
+            self.fake = False
+            self._copy = structural_copy(model, lambda t: t)
+            try:
+                self.record = self.run(self.args, self.kwargs)
+            except Exception as second:
+                raise ProbeError(_why(model, second)) from second
+        self.heads = self.record.heads
+
+    def trace(self, site: Site) -> Trace | None:
+        return self.record.traces.get(site.name)
+
+    def executed(self, site: Site) -> bool:
+        """Whether the site ran; a raw parameter counts as read, and the passage through a module as a run."""
+        if site.parameter is not None:
+            return True
+        return site.name in self.record.traces
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:
+        """Run the copy on the given inputs (shapes count, values do not) and record what happens."""
+        record = Record()
+        with torch.random.fork_rng(devices=[], enabled=not self.fake), torch.enable_grad():
+            if self.fake:
+                with self._mode:
+                    args, kwargs = pytree.tree_map_only(Tensor, self._faked, (args, dict(kwargs)))
+                    record.output = _observe(self._copy, args, kwargs, record)
+            else:
+                with torch.no_grad():
+                    record.output = _observe(self._copy, args, kwargs, record)
+        return record
+
+    def _faked(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor) and tensor.fake_mode is self._mode:
+            return tensor
+        with self._mode:
+            # Always on the CPU: fake CUDA tensors abort the process in SDPA, meta ones fail in several models.
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        return fake.requires_grad_(tensor.requires_grad) if fake.is_floating_point() else fake
+
+
+def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example`` as positional and keyword arguments."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    return (example,), {}
+
+
+def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy whose parameters and buffers are replaced by ``tensor(original)``."""
+    memo: dict[int, Any] = {}
+    keep = []  # the originals' ids must not be reused while the memo lives
+    for module in model.modules():
+        for own in (*module._parameters.values(), *module._buffers.values()):
+            if own is None or id(own) in memo:
+                continue
+            keep.append(own)
+            made = tensor(own)
+            if isinstance(own, nn.Parameter) and not isinstance(made, nn.Parameter):
+                made = nn.Parameter(made.detach(), requires_grad=own.requires_grad)
+            elif made is own and not isinstance(own, nn.Parameter):
+                made = own.clone()
+            memo[id(own)] = made
+        for value in module.__dict__.values():
+            # Tensors kept as plain attributes (rotary tables, masks).
+            for item in pytree.tree_leaves(value) if isinstance(value, (Tensor, list, tuple, dict)) else ():
+                if isinstance(item, Tensor) and id(item) not in memo:
+                    keep.append(item)
+                    memo[id(item)] = tensor(item.detach())
+    for module in model.modules():
+        for key, value in module.__dict__.items():
+            if key not in ("_modules", "_parameters", "_buffers") and id(value) not in memo:
+                if not isinstance(value, _PLAIN):
+                    # What cannot be copied (locks, generators, open files) is shared with the original.
+                    trial = dict(memo)
+                    try:
+                        if not _holds_module(value):
+                            copy.deepcopy(value, trial)
+                    except Exception:
+                        keep.append(value)
+                        memo[id(value)] = value
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ProbeError(
+            f"{type(model).__name__} cannot be copied for the fake forward ({type(error).__name__}: {error}). "
+            "Give it a working __deepcopy__, or leave example= out and name the targets."
+        ) from error
+
+
+_PLAIN = (
+    bool,
+    int,
+    float,
+    str,
+    bytes,
+    type(None),
+    type,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    Tensor,
+    nn.Module,
+)
+
+
+def _holds_module(value: Any) -> bool:
+    return isinstance(value, (list, tuple, dict, set)) and any(
+        isinstance(v, nn.Module) or _holds_module(v)
+        for v in (value.values() if isinstance(value, dict) else value)
+    )
+
+
+def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], record: Record) -> Any:
+    opened = []
+    for module in list(model.modules()):
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # asks the mask for its values
+        if can_open_attention(module) and not is_open(module):
+            open_host(module)
+            opened.append(module)
+    stack: list[str] = []
+    produced: dict[Any, tuple[str, Tensor]] = {}
+    handles = []
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            stack.append(name)
+            trace = record.traces.setdefault(name, Trace())
+            trace.calls += 1
+            given = first_tensor([*args, *kwargs.values()])
+            if trace.calls == 1 and given is not None:
+                trace.input, trace.is_floating = tuple(given.shape), given.is_floating_point()
+
+        return hook
+
+    def after(name: str, leaf: bool, linear: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if stack and stack[-1] == name:
+                stack.pop()
+            result = first_tensor(output)
+            trace = record.traces[name]
+            if result is not None and trace.output is None:
+                trace.output = tuple(result.shape)
+            if leaf:
+                record.order.append(name)
+            if linear and result is not None:
+                produced[_storage(result)] = (name, result)
+
+        return hook
+
+    for name, module in _named(model):
+        leaf = not any(k != CHILD for k in module._modules)
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True, prepend=True))
+        handles.append(
+            module.register_forward_hook(
+                after(name, leaf, linear_shape(module) is not None), with_kwargs=True
+            )
+        )
+    try:
+        with _Watch(stack, record):
+            output = model(*args, **kwargs)
+    except Exception as error:
+        error.peft_where = stack[-1] if stack else ""  # type: ignore[attr-defined]
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in opened:
+            close_host(module)
+    for leaf_value in tensors_of(output):
+        hit = produced.get(_storage(leaf_value))
+        if hit is not None and hit[0] and hit[0] not in record.heads:
+            record.heads.append(hit[0])
+    return output
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """Every tensor in an output of tensors, tuples, mappings and dataclasses."""
+    for _, tensor in named_tensors(output):
+        yield tensor
+
+
+def named_tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in an output with a path such as ``"logits"`` or ``"hidden_states.0"``."""
+    if isinstance(output, Tensor):
+        yield path, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from named_tensors(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(output, (tuple, list)):
+        for i, value in enumerate(output):
+            yield from named_tensors(value, f"{path}.{i}" if path else str(i))
+    elif hasattr(output, "__dataclass_fields__"):
+        for key in output.__dataclass_fields__:
+            yield from named_tensors(getattr(output, key), f"{path}.{key}" if path else key)
+
+
+def _storage(tensor: Tensor) -> Any:
+    return tensor.untyped_storage()._cdata
+
+
+def _named(
+    module: nn.Module, prefix: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield prefix, module
+    for key, child in module._modules.items():
+        if child is not None and key != CHILD:
+            yield from _named(child, f"{prefix}.{key}" if prefix else key, seen)
+
+
+class _Watch(TorchFunctionMode):
+    """Note which module makes each SDPA call."""
+
+    def __init__(self, stack: list[str], record: Record):
+        self._stack = stack
+        self._record = record
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self._note(
+                *(args[i] if i < len(args) else kwargs[n] for i, n in enumerate(("query", "key", "value")))
+            )
+        elif func is F.multi_head_attention_forward and self._stack:
+            self._record.foreign.add(self._stack[-1])
+        return func(*args, **kwargs)
+
+    def _note(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        name = self._stack[-1] if self._stack else ""
+        heads = key.shape[-3] if key.dim() >= 4 else 1
+        query_heads = query.shape[-3] if query.dim() >= 4 else 1
+        known = self._record.attention.get(name)
+        if known is None:
+            self._record.attention[name] = Attention(
+                heads, key.shape[-1], value.shape[-1], query_heads * key.shape[-1]
+            )
+            self._record.order.append(f"{name}!")
+        else:
+            known.calls += 1
+            if (key.shape[-1], value.shape[-1]) == (known.key_size, known.value_size):
+                known.heads = min(known.heads, heads)
+
+
+def _why(model: nn.Module, error: Exception) -> str:
+    where = getattr(error, "peft_where", "")
+    lines = str(error).strip().splitlines()
+    return (
+        f"The example could not be run through {type(model).__name__}"
+        f"{f', in {where!r}' if where else ''}: {type(error).__name__}: {lines[0] if lines else ''} "
+        "Pass the inputs of one forward: a tensor, a tuple of positional arguments, or a dict of keyword arguments."
+    )

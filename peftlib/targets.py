@@ -1,0 +1,316 @@
+"""Which modules a target means: globs on dotted names or any trailing part, types, predicates; near-miss errors.
+
+A :class:`Tree` lists a model's modules once, under every name they have (tied modules have several), without
+what peftlib added, and with the virtual ``q_proj``/``k_proj``/``v_proj`` of each ``nn.MultiheadAttention``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from peftlib.attention import Projection
+from peftlib.errors import TargetError
+from peftlib.methods.base import CHILD, Method, Site
+from peftlib.probe import Probe
+from peftlib.site import can_open_attention, plain_class
+
+ATTENTION_CHILDREN = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class Tree:
+    """The modules of a model by name, as they were before peftlib.
+
+    Attributes:
+        model: the root.
+        modules: first dotted name -> module.
+        aliases: every dotted name -> first dotted name.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.modules: dict[str, nn.Module] = {}
+        self.aliases: dict[str, str] = {}
+        self._names: dict[int, str] = {}
+        self._visit(model, "", frozenset())
+
+    def _visit(self, module: nn.Module, name: str, ancestors: frozenset[int]) -> None:
+        first = self._names.setdefault(id(module), name)
+        self.aliases[name] = first
+        if first == name:
+            self.modules[name] = module
+        if id(module) in ancestors:
+            return  # a module that holds itself
+        prefix = f"{name}." if name else ""
+        children = dict(module._modules)
+        children.pop(CHILD, None)
+        if isinstance(module, nn.MultiheadAttention) and first == name and can_open_attention(module):
+            for which in ATTENTION_CHILDREN[:3]:
+                if which not in children:
+                    children[which] = Projection(module, which)
+        if children:
+            inside = ancestors | {id(module)}
+            for key, child in children.items():
+                if child is not None:
+                    self._visit(child, prefix + key, inside)
+
+    def site(self, name: str) -> Site:
+        """The site of a module name or a parameter name."""
+        name = self.aliases.get(name, name)
+        if name in self.modules:
+            return Site(name, self.modules[name], None, self.model)
+        owner, _, parameter = name.rpartition(".")
+        owner = self.aliases.get(owner, owner)
+        if owner in self.modules and parameter in self.modules[owner]._parameters:
+            return Site(name, self.modules[owner], parameter, self.model)
+        raise TargetError(self.near_miss(name))
+
+    def sites(self) -> Iterator[Site]:
+        for name, module in self.modules.items():
+            yield Site(name, module, None, self.model)
+
+    def inside(self, name: str) -> Iterator[Site]:
+        """The sites below a module, itself included."""
+        prefix = f"{name}." if name else ""
+        for site in self.sites():
+            if site.name == name or site.name.startswith(prefix):
+                yield site
+
+    def name_of(self, module: nn.Module) -> str | None:
+        return self._names.get(id(module))
+
+    def is_bypassed(self, name: str) -> bool:
+        """Whether a layer is the out_proj of an attention that reads its weight and cannot be opened."""
+        parent = self.parent(name)
+        return isinstance(parent, nn.MultiheadAttention) and not can_open_attention(parent)
+
+    def parent(self, name: str) -> nn.Module | None:
+        return self.modules.get(self.aliases.get(name.rpartition(".")[0], "")) if name else None
+
+    def ancestors(self, name: str) -> Iterator[tuple[str, nn.Module]]:
+        while name:
+            name = name.rpartition(".")[0]
+            yield name, self.modules[self.aliases[name]]
+
+    def parameters(self) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+        """Each base parameter once: (dotted name, owner, own name, parameter)."""
+        seen: set[int] = set()
+        for name, module in self.modules.items():
+            for own, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield (f"{name}.{own}" if name else own), module, own, parameter
+
+    def output_heads(self, probe: Probe | None) -> set[str]:
+        """Names of the output layers: declared, tied to an embedding, or producing the root's output."""
+        heads: set[str] = set()
+        declared = getattr(self.model, "get_output_embeddings", None)
+        if callable(declared):
+            head = declared()
+            heads |= {name for name in [self.name_of(head)] if name} if isinstance(head, nn.Module) else set()
+        tables = {
+            id(m._parameters.get("weight")) for m in self.modules.values() if isinstance(m, nn.Embedding)
+        }
+        for name, module in self.modules.items():
+            weight = module._parameters.get("weight")
+            if weight is not None and id(weight) in tables and not isinstance(module, nn.Embedding):
+                heads.add(name)
+        return (heads | set(probe.heads if probe is not None else ())) - {""}
+
+    def near_miss(self, pattern: str) -> str:
+        tails: dict[str, str] = {}
+        for name in self.aliases:
+            parts = name.split(".")
+            for i in range(len(parts)):
+                tails.setdefault(".".join(parts[i:]), name)
+        close = difflib.get_close_matches(pattern, tails, n=4, cutoff=0.5)
+        leaves = sorted({name.rpartition(".")[2] for name in self.aliases if name and not name[-1].isdigit()})
+        hint = (
+            f"Closest names: {', '.join(repr(c) for c in close)}."
+            if close
+            else f"Names in it end in: {', '.join(leaves[:12])}{', ...' if len(leaves) > 12 else ''}."
+        )
+        return (
+            f"The target {pattern!r} matches nothing in {type(self.model).__name__}. {hint} "
+            "A target is a glob on a dotted name or any trailing part of it, a module type, or a predicate "
+            "(name, module) -> bool."
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _glob(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:.*\.)?{fnmatch.translate(pattern)}", re.DOTALL)
+
+
+def _matches(target: Any, tree: Tree) -> list[Site]:
+    """The modules a target means, or, if a glob means none, the parameters."""
+    if isinstance(target, str):
+        if target == "":
+            return [tree.site("")]
+        match = _glob(target).fullmatch
+        names = dict.fromkeys(first for name, first in tree.aliases.items() if name and match(name))
+        if names:
+            return [tree.site(name) for name in names]
+        return [
+            Site(f"{name}.{own}" if name else own, module, own, tree.model)
+            for name, module in tree.modules.items()
+            for own, parameter in module._parameters.items()
+            if parameter is not None and match(f"{name}.{own}" if name else own)
+        ]
+    if isinstance(target, type):
+        return [s for s in tree.sites() if isinstance(s.module, target)]
+    if isinstance(target, nn.Module):
+        name = tree.name_of(target)
+        return [] if name is None else [tree.site(name)]
+    if callable(target):
+        return [s for s in tree.sites() if target(s.name, s.module)]
+    raise TargetError(
+        f"A target must be a glob, a module type or a predicate (name, module) -> bool; got {target!r} "
+        f"of type {type(target).__name__}."
+    )
+
+
+def describe(target: Any) -> str:
+    return repr(target) if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
+
+
+def as_list(targets: Any) -> list[Any]:
+    if targets is None:
+        return []
+    if isinstance(targets, (str, type)) or callable(targets):
+        return [targets]
+    if isinstance(targets, Iterable):
+        return list(targets)
+    return [targets]
+
+
+def select(
+    method: Method, targets: Any, tree: Tree, probe: Probe | None
+) -> tuple[list[Site], dict[str, str]]:
+    """Resolve targets to sites that the method can act on.
+
+    Returns:
+        The sites in tree order without repeats, and the sites a default left out with the reason.
+
+    Raises:
+        TargetError: a target that matches nothing, or only places that the method refuses.
+    """
+    wanted = as_list(targets)
+    if targets is not None and not wanted:
+        raise TargetError(
+            "targets=[] names no place. Leave targets out for the method's default, or name one."
+        )
+    for target in wanted:
+        if isinstance(target, str) and not target.strip("!"):
+            if target != "":
+                raise TargetError(f"The target {target!r} excludes nothing; write '!' and a glob.")
+    excluded: set[str] = set()
+    for target in wanted:
+        if isinstance(target, str) and target.startswith("!"):
+            gone = _matches(target[1:], tree)
+            if not gone:
+                raise TargetError(tree.near_miss(target[1:]).replace("The target", "The exclusion", 1))
+            excluded |= {s.name for s in gone}
+    included = [t for t in wanted if not (isinstance(t, str) and t.startswith("!"))]
+    left_out: dict[str, str] = {}
+    if not included:
+        sites = []
+        for site in method.default_sites(tree, probe):
+            if _covered(site.name, excluded):
+                continue
+            why = method.fits(site)
+            if why is not None:
+                left_out[site.name] = why
+            elif probe is not None and not probe.executed(site):
+                left_out[site.name] = "not executed by the example"
+            else:
+                sites.append(site)
+        if not sites:
+            reasons = "".join(f" {n!r} is {why}." for n, why in list(left_out.items())[:4])
+            raise TargetError(
+                f"{type(method).__name__} finds no place in {type(tree.model).__name__} by default.{reasons} "
+                "Name one with targets=[...]; peftlib.inspect(model) lists what can be targeted."
+            )
+        return sites, left_out
+    found: dict[str, Site] = {}
+    for target in included:
+        hits = _matches(target, tree)
+        if not hits:
+            raise TargetError(
+                tree.near_miss(target)
+                if isinstance(target, str)
+                else f"The target {describe(target)} matches no module of {type(tree.model).__name__}."
+            )
+        good: list[Site] = []
+        for hit in hits:
+            good += accepted(method, hit, tree)
+        good = [s for s in good if not _covered(s.name, excluded)]
+        if not good:
+            kept = [h for h in hits if not _covered(h.name, excluded)]
+            if not kept:
+                raise TargetError(f"The target {describe(target)} is wholly excluded by the '!...' targets.")
+            why = method.refuses(kept[0])
+            inner = [
+                s.name for s in tree.inside(kept[0].name) if s.name != kept[0].name and not method.refuses(s)
+            ]
+            hint = f" Inside it, these can be targeted: {', '.join(map(repr, inner[:4]))}." if inner else ""
+            raise TargetError(
+                f"The target {describe(target)} matches {len(kept)} place(s), none of which can carry "
+                f"{type(method).__name__}: {kept[0].name or 'the root'!r} ({_kind(kept[0])}): {why}.{hint}"
+            )
+        for site in good:
+            found.setdefault(site.name, site)
+    ranks = {name: i for i, name in enumerate(tree.modules)}
+    sites = sorted(found.values(), key=lambda s: ranks.get(s.name, ranks.get(s.name.rpartition(".")[0], 0)))
+    for site in sites:
+        why = method.fits(site)
+        if why is not None:
+            raise TargetError(f"{site.name or 'the root'!r} cannot carry {method}: {why}.")
+    if probe is not None:
+        idle = [s.name for s in sites if not probe.executed(s)]
+        if idle:
+            raise TargetError(
+                f"The example never executes {', '.join(map(repr, idle[:5]))}{' ...' if len(idle) > 5 else ''}: a delta "
+                "there would silently do nothing. The model reads the weight directly or skips the module. Target "
+                f"the parameter instead (for instance '{idle[0]}.weight' with LoRA), or another module."
+            )
+    return sites, left_out
+
+
+def accepted(method: Method, site: Site, tree: Tree) -> list[Site]:
+    """The site if the method takes it; the projections of an attention for methods that act on linears."""
+    if method.refuses(site) is None:
+        return [site]
+    if isinstance(site.module, nn.MultiheadAttention) and site.parameter is None:
+        names = (f"{site.name}.{c}" if site.name else c for c in ATTENTION_CHILDREN)
+        inner = [tree.site(n) for n in names if n in tree.aliases]
+        return [s for s in inner if method.refuses(s) is None]
+    return []
+
+
+def _covered(name: str, excluded: set[str]) -> bool:
+    """An exclusion of a module excludes what is inside it."""
+    if not excluded:
+        return False
+    while name:
+        if name in excluded:
+            return True
+        name = name.rpartition(".")[0]
+    return False
+
+
+def _kind(site: Site) -> str:
+    return (
+        f"parameter of {plain_class(site.module).__name__}"
+        if site.parameter
+        else plain_class(site.module).__name__
+    )
+
+
+__all__: Sequence[str] = ["Tree", "accepted", "as_list", "describe", "select"]

@@ -1,0 +1,442 @@
+"""The handle of one named tuning: its parts, its switches, its tensors.
+
+A tuning knows its own parts and nothing of the others on the same model, so enabling, saving or dropping the
+thousandth costs what the first did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlib.errors import CheckpointError, PeftlibError, StateError
+from peftlib.methods.base import Delta, Method
+from peftlib.site import check_closable, close_host, deltas, set_active
+
+TUNINGS = "_peft_tunings"
+FLAGS = "_peft_flags"
+
+
+@dataclass
+class Part:
+    """One delta at one host.
+
+    Attributes:
+        name: site name (dotted module or parameter name).
+        host: the open module.
+        parameter: own name of a raw-weight site's parameter, else ``None``.
+        delta: the module that runs there.
+        method: the configuration that built it.
+        facts: what the probe learned for it.
+        key: its key in the host's deltas.
+        opened: further modules that were opened so that this site runs.
+        built: False for a part that the method added itself (shared modules at the root).
+    """
+
+    name: str
+    host: nn.Module
+    parameter: str | None
+    delta: Delta
+    method: Method
+    facts: Mapping[str, Any]
+    key: str
+    opened: Sequence[nn.Module] = ()
+    built: bool = True
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.name}.{self.delta.label}" if self.name else self.delta.label
+
+
+class Tuning:
+    """One named tuning on one model; made by :func:`peftlib.attach` and :func:`peftlib.load`.
+
+    Attributes:
+        name: its name on the model.
+        model: the module it was attached to.
+        skipped: sites that a default left out, with the reason.
+        merged: whether its updates are in the base weights at present.
+    """
+
+    def __init__(self, name: str, model: nn.Module, parts: list[Part], skipped: Mapping[str, str]):
+        self.name = name
+        self.model = model
+        self.parts = parts
+        self.skipped = dict(skipped)
+        self.enabled = False
+        self.attached = True
+        self._kept: list[tuple[nn.Module, str, Tensor]] = []
+
+    def __repr__(self) -> str:
+        if not self.attached:
+            return f"Tuning({self.name!r}, detached)"
+        state = "merged" if self.merged else "enabled" if self.enabled else "disabled"
+        return f"Tuning({self.name!r}, {len(self.sites)} sites, {self.num_parameters:,} parameters, {state})"
+
+    @property
+    def sites(self) -> dict[str, Method]:
+        """Dotted site name -> method. Two methods at one site are listed under ``name`` and ``name (method)``."""
+        found: dict[str, Method] = {}
+        for part in self.parts:
+            if part.built:
+                found[part.name if part.name not in found else f"{part.name} ({part.delta.label})"] = (
+                    part.method
+                )
+        return found
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained parameters by their names in :meth:`state_dict`."""
+        self._check()
+        for part in self.parts:
+            for name, parameter in part.delta.trained():
+                yield f"{part.prefix}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trained parameters, for an optimizer."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained scalars."""
+        return sum(p.numel() for p in self.parameters())
+
+    def idle_sites(self) -> list[str]:
+        """Sites whose module has not run since the tuning came: a tuning there has had no effect so far."""
+        return [
+            p.name
+            for p in self.parts
+            if p.built and not p.delta.passive and p.parameter is None and not p.host.__dict__["_peft_ran"]
+        ]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tuning's own tensors, detached but sharing memory, by ``site.method.name``."""
+        self._check()
+        return {
+            f"{part.prefix}.{name}": t.detach() for part in self.parts for name, t in part.delta.tensors()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy values in; strict, and checked before anything is written.
+
+        Raises:
+            CheckpointError: keys are missing or unexpected, or shapes differ; each is named.
+        """
+        self._check()
+        if self.merged:
+            raise StateError(f"The tuning {self.name!r} is merged; unmerge() it before loading values.")
+        own = self.state_dict()
+        check_state(own, state, f"the tuning {self.name!r}")
+        with torch.no_grad():
+            for key, value in state.items():
+                own[key].copy_(value)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tuning to one safetensors file, atomically. See :mod:`peftlib.checkpoint`."""
+        from peftlib.checkpoint import save
+
+        self._check()
+        save(self, path)
+
+    def enable(self) -> Tuning:
+        """Let the tuning act."""
+        self._check()
+        if not self.enabled and not self.merged:
+            for part in self.parts:
+                part.delta.check_switch(True)
+            self._switch(True)
+        self.enabled = True
+        return self
+
+    def disable(self) -> Tuning:
+        """Keep the tuning attached without any effect: the model computes exactly what its base does."""
+        self._check()
+        if self.merged:
+            raise StateError(
+                f"The tuning {self.name!r} is merged into the weights; unmerge() it before disabling."
+            )
+        if self.enabled:
+            for part in self.parts:
+                part.delta.check_switch(False)
+            self._switch(False)
+        self.enabled = False
+        return self
+
+    def _switch(self, on: bool) -> None:
+        for part in self.parts:
+            part.delta.switch(on)
+            if not part.delta.passive:
+                set_active(part.host, part.delta, part.parameter, on)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[Tuning]:
+        """Within the context the model is the base; afterwards the tuning is as it was."""
+        before = self.enabled
+        self.disable()
+        try:
+            yield self
+        finally:
+            if before:
+                self.enable()
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._kept)
+
+    def merge(self, keep: str | torch.device | None = None) -> Tuning:
+        """Write the tuning's update into the base weights; :meth:`unmerge` brings the base back bit for bit.
+
+        The original of each changed weight is kept (on ``keep``, e.g. ``"cpu"``, or where it is), which costs the
+        bytes of those weights until ``unmerge``.
+
+        Raises:
+            PeftlibError: a method that is no change of a weight, a weight shared with a module outside the tuning,
+                a disabled tuning, or a result that is not finite. The model is then unchanged.
+        """
+        self._check()
+        if self.merged:
+            return self
+        if not self.enabled:
+            raise StateError(f"The tuning {self.name!r} is disabled; enable() it before merging.")
+        new: dict[tuple[int, str], tuple[nn.Module, str, Tensor]] = {}
+        with torch.no_grad():
+            for part in self.parts:
+                if part.delta.passive:
+                    continue
+                for owner, name, rows, update in part.delta.merged():
+                    self._check_mergeable(part, owner, name)
+                    entry = new.get((id(owner), name))
+                    value = entry[2] if entry else owner._parameters[name].detach().clone()  # type: ignore[union-attr]
+                    target = value if rows is None else value[rows]
+                    target.copy_(update(target))
+                    if not torch.isfinite(target).all():
+                        raise PeftlibError(
+                            f"Merging {self.name!r} into {part.name!r} gives values that are not finite. The model is "
+                            "unchanged; look for NaN in the tuning, or scale it down."
+                        )
+                    new[id(owner), name] = (owner, name, value)
+        self._switch(False)
+        for owner, name, value in new.values():
+            parameter = owner._parameters[name]
+            original = parameter.data  # type: ignore[union-attr]
+            parameter.data = value  # type: ignore[union-attr]
+            self._kept.append((owner, name, original if keep is None else original.to(keep)))
+        return self
+
+    def _check_mergeable(self, part: Part, owner: nn.Module, name: str) -> None:
+        weight = owner._parameters[name]
+        for other, module in self.model.named_modules(remove_duplicate=True):
+            if module is not owner and any(p is weight for p in module._parameters.values()):
+                raise PeftlibError(
+                    f"The weight of {part.name!r} is shared with {other!r}, so merging would change that as well. "
+                    "Untie them first, or keep the tuning attached."
+                )
+        active = owner.__dict__.get("_peft_active", ())
+        if any(
+            d is not part.delta for d in (*active, *owner.__dict__.get("_peft_weights", {}).get(name, ()))
+        ):
+            raise StateError(
+                f"{part.name!r} carries another enabled delta, which a merge of {self.name!r} would reorder. "
+                "Disable the other tunings first."
+            )
+
+    def unmerge(self) -> Tuning:
+        """Put the original weights back, bit for bit, and let the tuning act as before :meth:`merge`."""
+        self._check()
+        if self.merged:
+            for owner, name, original in self._kept:
+                parameter = owner._parameters[name]
+                parameter.data = original.to(parameter.device)  # type: ignore[union-attr]
+            self._kept = []
+            self._switch(True)
+        return self
+
+    def fold(self) -> Tuning:
+        """Drop reparametrizations (a prefix MLP, a prompt encoder), keeping the values they produce.
+
+        Raises:
+            PeftlibError: nothing in the tuning is reparametrized.
+        """
+        self._check()
+        folded = [part.delta.fold() for part in self.parts]
+        if not any(folded):
+            raise PeftlibError(f"The tuning {self.name!r} has no reparametrization to fold.")
+        for part in list(self.parts):
+            if part.delta.passive and not part.built:
+                self._remove(part)
+                self.parts.remove(part)
+        return self
+
+    def detach(self) -> None:
+        """Remove the tuning; with the last one gone the model is what it was, bit for bit."""
+        self._check()
+        for part in self.parts:
+            part.delta.check_switch(False)
+            for host in (part.host, *part.opened):
+                check_closable(host)
+        if self.merged:
+            self.unmerge()
+        self.disable()
+        for part in self.parts:
+            self._remove(part)
+        self.attached = False
+        registry = self.model.__dict__[TUNINGS]
+        del registry[self.name]
+        if not registry:
+            del self.model.__dict__[TUNINGS]
+            restore_flags(self.model)
+
+    def _remove(self, part: Part) -> None:
+        part.delta.close()
+        del deltas(part.host)._modules[part.key]
+        close_host(part.host, shadow=part.parameter)
+        for host in part.opened:
+            close_host(host)
+
+    def _check(self) -> None:
+        if not self.attached:
+            raise StateError(
+                f"The tuning {self.name!r} was detached from its model, so its handle does nothing any more. "
+                "Attach or load it again."
+            )
+
+
+def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Raise a CheckpointError that names every missing, unexpected and mis-shaped key."""
+    problems = [f"missing: {k}" for k in own if k not in given]
+    problems += [f"unexpected: {k}" for k in given if k not in own]
+    problems += [
+        f"shape of {k}: {tuple(given[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in own
+        if k in given and own[k].shape != given[k].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise CheckpointError(f"The state does not fit {what}. {shown}. Attach the method it was saved from.")
+
+
+def registry(model: nn.Module) -> dict[str, Tuning]:
+    return model.__dict__.get(TUNINGS, {})
+
+
+def tunings(model: nn.Module) -> dict[str, Tuning]:
+    """The tunings on a model by name, in the order they were attached.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["0"], name="chat")
+        >>> list(peftlib.tunings(model))
+        ['chat']
+    """
+    return dict(registry(model))
+
+
+class use:
+    """Enable exactly the named tunings; a function, and a context manager that restores what was before.
+
+    Args:
+        model: a model with tunings.
+        *names: tunings to enable; none of them means the base alone.
+
+    Raises:
+        StateError: a name that the model has no tuning of.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> a = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["0"], name="a")
+        >>> b = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["0"], name="b")
+        >>> _ = peftlib.use(model, "b")
+        >>> a.enabled, b.enabled
+        (False, True)
+        >>> with peftlib.use(model, "a", "b"):
+        ...     print(a.enabled, b.enabled)
+        True True
+        >>> a.enabled
+        False
+    """
+
+    def __init__(self, model: nn.Module, *names: str):
+        have = registry(model)
+        for name in names:
+            if name not in have:
+                raise StateError(
+                    f"The model has no tuning {name!r}; it has: {', '.join(map(repr, have)) or 'none'}."
+                )
+        self._model = model
+        self._before = [n for n, t in have.items() if t.enabled]
+        _enable_only(have, self._before, names)
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        have = registry(self._model)
+        now = [n for n, t in have.items() if t.enabled]
+        _enable_only(have, now, [n for n in self._before if n in have])
+
+
+def _enable_only(have: Mapping[str, Tuning], now: Sequence[str], names: Sequence[str]) -> None:
+    wanted = set(names)
+    leaving = [have[n] for n in now if n not in wanted]
+    coming = [have[n] for n in names if not have[n].enabled]
+    # Leaving first: two tunings of the same base parameter may follow one another, never overlap.
+    done: list[Callable[[], Any]] = []
+    try:
+        for tuning in leaving:
+            tuning.disable()
+            done.append(tuning.enable)
+        for tuning in coming:
+            tuning.enable()
+            done.append(tuning.disable)
+    except PeftlibError:
+        for undo in reversed(done):
+            undo()
+        raise
+
+
+def hold_flags(model: nn.Module, modules: Sequence[nn.Module], freeze: bool) -> None:
+    """Remember which base parameters train, and freeze them.
+
+    The memory lies at each module, with a count of the roots that hold it, so that tunings of a model and of a
+    part of it may leave in any order.
+    """
+    new = []
+    for module in modules:
+        if not module._parameters:
+            continue
+        flags = module.__dict__.get(FLAGS)
+        if flags is None:
+            flags = module.__dict__[FLAGS] = [
+                0,
+                {n: p.requires_grad for n, p in module._parameters.items() if p is not None},
+            ]
+            new.append(module)
+        flags[0] += 1
+    if freeze:
+        for module in new:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.requires_grad_(False)
+    model.__dict__["_peft_held"] = list(modules)
+
+
+def restore_flags(model: nn.Module) -> None:
+    for module in model.__dict__.pop("_peft_held"):
+        flags = module.__dict__.get(FLAGS)
+        if flags is None:
+            continue
+        flags[0] -= 1
+        if flags[0] == 0:
+            del module.__dict__[FLAGS]
+            for name, flag in flags[1].items():
+                parameter = module._parameters.get(name)
+                if parameter is not None and parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
