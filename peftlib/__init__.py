@@ -3,7 +3,16 @@
 from peftlib.attach import attach
 from peftlib.checkpoint import load
 from peftlib.errors import PeftlibError
-from peftlib.methods import Adapter, BitFit, FullFineTuning, LoRA, NewHead, PartialFineTuning
+from peftlib.methods import (
+    Adapter,
+    BitFit,
+    FullFineTuning,
+    LoRA,
+    NewHead,
+    PartialFineTuning,
+    PrefixTuning,
+    PTuningV2,
+)
 from peftlib.overview import inspect, summary
 from peftlib.tuning import Tuning, tunings, use
 
@@ -15,8 +24,10 @@ __all__ = [
     "FullFineTuning",
     "LoRA",
     "NewHead",
+    "PTuningV2",
     "PartialFineTuning",
     "PeftlibError",
+    "PrefixTuning",
     "Tuning",
     "attach",
     "inspect",

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from peftlib.attention import attention_with_weights
 from peftlib.errors import ProbeError
 from peftlib.methods.base import CHILD, Site, first_tensor
 from peftlib.methods.linear import linear_shape
@@ -76,6 +77,8 @@ class Record:
     foreign: set[str] = field(default_factory=set)
     """Modules that call F.multi_head_attention_forward themselves, whose SDPA cannot be reached."""
     output: Any = None
+    values: dict[str, tuple[Tensor, Tensor]] | None = None
+    """Keys and values of each attention's first call, where a real forward was asked for them."""
 
 
 class Probe:
@@ -129,6 +132,26 @@ class Probe:
                 with torch.no_grad():
                     record.output = _observe(self._copy, args, kwargs, record)
         return record
+
+    def activations(self, model: nn.Module, inputs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """Keys and values of the first SDPA call in each attention, from a real forward without gradients.
+
+        Raises:
+            ProbeError: the model is on meta, or refuses the inputs.
+        """
+        if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+            raise ProbeError(
+                "A start at real activations needs a model with values; this one is on the meta device."
+            )
+        record = Record(values={})
+        args, kwargs = as_call(inputs)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                _observe(structural_copy(model, lambda t: t), args, kwargs, record)
+        except Exception as error:
+            raise ProbeError(_why(model, error)) from error
+        assert record.values is not None
+        return record.values
 
     def _faked(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor) and tensor.fake_mode is self._mode:
@@ -324,7 +347,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention or func is attention_with_weights:
             self._note(
                 *(args[i] if i < len(args) else kwargs[n] for i, n in enumerate(("query", "key", "value")))
             )
@@ -336,6 +359,8 @@ class _Watch(TorchFunctionMode):
         name = self._stack[-1] if self._stack else ""
         heads = key.shape[-3] if key.dim() >= 4 else 1
         query_heads = query.shape[-3] if query.dim() >= 4 else 1
+        if self._record.values is not None:
+            self._record.values.setdefault(name, (key, value))
         known = self._record.attention.get(name)
         if known is None:
             self._record.attention[name] = Attention(

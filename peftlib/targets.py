@@ -51,9 +51,9 @@ class Tree:
         children = dict(module._modules)
         children.pop(CHILD, None)
         if isinstance(module, nn.MultiheadAttention) and first == name and can_open_attention(module):
-            for which in ATTENTION_CHILDREN[:3]:
-                if which not in children:
-                    children[which] = Projection(module, which)
+            for which in "qkv":
+                if f"{which}_proj" not in children:
+                    children[f"{which}_proj"] = Projection(module, which)
         if children:
             inside = ancestors | {id(module)}
             for key, child in children.items():
@@ -81,6 +81,11 @@ class Tree:
         for site in self.sites():
             if site.name == name or site.name.startswith(prefix):
                 yield site
+
+    def projections(self, name: str) -> list[Site]:
+        """The linears of an ``nn.MultiheadAttention``: q, k, v (virtual) and out."""
+        names = (f"{name}.{c}" if name else c for c in ATTENTION_CHILDREN)
+        return [self.site(n) for n in names if n in self.aliases and not self.is_bypassed(n)]
 
     def name_of(self, module: nn.Module) -> str | None:
         return self._names.get(id(module))
@@ -249,13 +254,13 @@ def select(
             )
         good: list[Site] = []
         for hit in hits:
-            good += accepted(method, hit, tree)
+            good += method.resolve(hit, tree, probe)
         good = [s for s in good if not _covered(s.name, excluded)]
         if not good:
             kept = [h for h in hits if not _covered(h.name, excluded)]
             if not kept:
                 raise TargetError(f"The target {describe(target)} is wholly excluded by the '!...' targets.")
-            why = method.refuses(kept[0])
+            why = method.why_unresolved(kept[0], probe)
             inner = [
                 s.name for s in tree.inside(kept[0].name) if s.name != kept[0].name and not method.refuses(s)
             ]
@@ -283,17 +288,6 @@ def select(
     return sites, left_out
 
 
-def accepted(method: Method, site: Site, tree: Tree) -> list[Site]:
-    """The site if the method takes it; the projections of an attention for methods that act on linears."""
-    if method.refuses(site) is None:
-        return [site]
-    if isinstance(site.module, nn.MultiheadAttention) and site.parameter is None:
-        names = (f"{site.name}.{c}" if site.name else c for c in ATTENTION_CHILDREN)
-        inner = [tree.site(n) for n in names if n in tree.aliases]
-        return [s for s in inner if method.refuses(s) is None]
-    return []
-
-
 def _covered(name: str, excluded: set[str]) -> bool:
     """An exclusion of a module excludes what is inside it."""
     if not excluded:
@@ -313,4 +307,4 @@ def _kind(site: Site) -> str:
     )
 
 
-__all__: Sequence[str] = ["Tree", "accepted", "as_list", "describe", "select"]
+__all__: Sequence[str] = ["Tree", "as_list", "describe", "select"]

@@ -264,10 +264,11 @@ class Tuning:
             PeftlibError: nothing in the tuning is reparametrized.
         """
         self._check()
-        folded = [part.delta.fold() for part in self.parts]
-        if not any(folded):
+        if not any([part.delta.fold() for part in self.parts]):
             raise PeftlibError(f"The tuning {self.name!r} has no reparametrization to fold.")
+        plain = {id(part.method): part.method.folded() for part in self.parts}
         for part in list(self.parts):
+            part.method = plain[id(part.method)]
             if part.delta.passive and not part.built:
                 self._remove(part)
                 self.parts.remove(part)

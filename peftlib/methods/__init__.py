@@ -6,5 +6,16 @@ from peftlib.methods.full import FullFineTuning
 from peftlib.methods.lora import LoRA
 from peftlib.methods.new_head import NewHead
 from peftlib.methods.partial import PartialFineTuning
+from peftlib.methods.prefix import PrefixTuning
+from peftlib.methods.ptuning_v2 import PTuningV2
 
-__all__ = ["Adapter", "BitFit", "FullFineTuning", "LoRA", "NewHead", "PartialFineTuning"]
+__all__ = [
+    "Adapter",
+    "BitFit",
+    "FullFineTuning",
+    "LoRA",
+    "NewHead",
+    "PTuningV2",
+    "PartialFineTuning",
+    "PrefixTuning",
+]

@@ -9,6 +9,7 @@ Left out on purpose: anything about names, files or several tunings. That is ``a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,6 +40,7 @@ class Site:
         parameter: own name of the parameter for a raw-weight site, else ``None``.
         model: the root that ``attach`` was given.
         facts: what the probe learned that the method needs, JSON-able, so that loading needs no example.
+        start: values that the method found for the site to begin with; not part of any file.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Site:
     parameter: str | None = None
     model: nn.Module | None = None
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    start: Any = None
 
 
 class Delta(nn.Module):
@@ -126,6 +129,22 @@ class Method(ABC):
     def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
         """The sites taken when no target is given."""
         raise PeftlibError(f"{type(self).__name__} has no default place: name one with targets=[...].")
+
+    def resolve(self, site: Site, tree: Tree, probe: Probe | None) -> list[Site]:
+        """The sites that a target's match stands for: itself, or the projections of an attention."""
+        if self.refuses(site) is None:
+            return [site]
+        if isinstance(site.module, nn.MultiheadAttention) and site.parameter is None:
+            return [s for s in tree.projections(site.name) if self.refuses(s) is None]
+        return []
+
+    def why_unresolved(self, site: Site, probe: Probe | None) -> str:
+        """What is wrong with a match that :meth:`resolve` finds nothing in."""
+        return self.refuses(site) or "it has no place for the method"
+
+    def folded(self) -> Method:
+        """The method that its deltas are of after :meth:`Delta.fold`."""
+        return self
 
     def survey(self, sites: Sequence[Site], tree: Tree, probe: Probe | None) -> list[Site]:
         """The same sites with the facts that :meth:`build` needs; may raise, leave out or add."""
@@ -236,11 +255,9 @@ def placement(site: Site, dtype: torch.dtype | None = None) -> dict[str, Any]:
     host = site.module
     own = getattr(host, "_mha", (host,))[0]  # a virtual projection has its attention's tensors
     tensors = [t for t in (*own._parameters.values(), *own._buffers.values()) if t is not None]
-    if not tensors:
-        tensors = [next(own.parameters(), None) or next(own.buffers(), None)]  # type: ignore[list-item]
-        if tensors[0] is None and site.model is not None:
-            tensors = [next(site.model.parameters(), None)]  # type: ignore[list-item]
-        tensors = [t for t in tensors if t is not None]
+    for source in (own, site.model):
+        if not tensors and source is not None:
+            tensors = list(itertools.islice(itertools.chain(source.parameters(), source.buffers()), 1))
     devices = {t.device for t in tensors}
     if len(devices) > 1:
         raise PeftlibError(
