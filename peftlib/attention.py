@@ -1,0 +1,402 @@
+"""Attention that a tuning can reach into: prefixes inside SDPA, and an ``nn.MultiheadAttention`` that calls it.
+
+A prefix is P trained keys and values that every query sees besides the real ones. Nearly every model computes its
+attention with ``F.scaled_dot_product_attention``, so :class:`PrefixScope` stands around one attention site's forward
+and rewrites the calls made inside. Head layout, rotary positions, caches and grouped heads are settled by then, so
+no model needs code of its own.
+
+``nn.MultiheadAttention`` hides its call: its forward hands everything to ``F.multi_head_attention_forward`` (or to a
+fused kernel), and a torch function runs its body with the mode off. :func:`mha_forward` does the same arithmetic in
+the open: three projections and the output projection as module calls, and one attention call that a scope sees.
+
+Left out on purpose: attention written by hand as ``softmax(q @ kᵀ)`` and flex attention, which no mode sees; nested
+tensors under a prefix; dropping the prefix for some rows of the batch. A site that checkpoints *inside* its own
+forward recomputes outside the scope: non-reentrant checkpoints then raise, reentrant ones cannot notice. Checkpoint
+the site itself, or anything around it, and the scope is entered again with it.
+
+Shapes: ``...`` batch axes (any number), B batch, T queries, S keys, P prefix positions, H heads, E head width,
+M model width. ``key_PHE`` has axes P, H and E.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, handle_torch_function
+
+from peftlib.errors import PeftlibError
+
+
+class PrefixScope(TorchFunctionMode):
+    """Put a trained prefix in front of the keys and values of every SDPA call made inside the scope.
+
+    ``out = softmax([q Kₚᵀ, q Kᵀ + mask] · scale) [Vₚ; V]``: the prefix is visible to every query, whatever the mask,
+    and shared by the whole batch. Scopes nest: the outermost scope's prefix comes first.
+
+    Args:
+        key: (P, H, E), the prefix keys of H key heads; P may be 0.
+        value: (P, H, Eᵥ), the prefix values.
+
+    The call's key is (..., H, S, E), or (B, S, E) of one head beside a three-dimensional query. It may have n·H heads
+    (a model that repeats each key head n times in a row), and so gets each prefix head n times in a row; or H/n, and
+    then its own heads are repeated. The prefix takes the call's dtype and device. Gradients reach it as usual.
+
+    Raises:
+        PeftlibError: inside the scope, when the call's heads or widths do not fit, or when the site runs a closed
+            ``nn.MultiheadAttention``, which the prefix could not reach.
+
+    >>> query = key = value = torch.randn(2, 4, 5, 8)  # (B, H, S, E)
+    >>> with PrefixScope(torch.randn(3, 4, 8), torch.randn(3, 4, 8)):
+    ...     F.scaled_dot_product_attention(query, key, value, is_causal=True).shape
+    torch.Size([2, 4, 5, 8])
+
+    Paper: Li and Liang, Prefix-Tuning, https://arxiv.org/abs/2101.00190
+    """
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        if key.dim() != 3 or value.dim() != 3 or key.shape[:2] != value.shape[:2]:
+            raise PeftlibError(
+                f"A prefix of key {tuple(key.shape)} and value {tuple(value.shape)} was given; expected (P, H, E) "
+                "and (P, H, Eᵥ) with the same P and H."
+            )
+        self.key_PHE = key
+        self.value_PHE = value
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # The mode is off in here, so whatever is called below reaches the next scope out, if any.
+        if func is F.scaled_dot_product_attention:
+            return self._attend(func, *args, **kwargs)
+        if func is attention_with_weights:
+            out, weights = self._attend(func, *args, **kwargs)
+            return out, weights[..., self.key_PHE.shape[0] :]
+        if func is F.multi_head_attention_forward:
+            raise PeftlibError(
+                "A prefix was put around a module that runs a closed nn.MultiheadAttention, whose SDPA call cannot be "
+                "seen. Target the nn.MultiheadAttention itself."
+            )
+        if func is Tensor.unflatten:
+            # Called as a method: dynamo cannot inline the function (it calls super()).
+            return args[0].unflatten(*args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        func: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Any:
+        if is_causal and attn_mask is not None:
+            # Torch refuses this too, but on CPU only in some of its kernels.
+            raise PeftlibError("SDPA got both attn_mask and is_causal=True. Put the causality into the mask.")
+        gqa = options.get("enable_gqa", False)
+        n_real, n_prefix = key.shape[-2], self.key_PHE.shape[0]
+        key = _prepend("key", self.key_PHE, key, query, gqa)
+        value = _prepend("value", self.value_PHE, value, query, gqa)
+        attn_mask = _widen_mask(attn_mask, is_causal, query, key, value, n_real, n_prefix)
+        return func(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **options)
+
+
+def _prepend(what: str, prefix_PHE: Tensor, real: Tensor, query: Tensor, gqa: bool) -> Tensor:
+    """Cat the prefix in front of ``real`` (..., H, S, E) along S; cat is the only copy made of the batch."""
+    if real.is_nested:
+        raise PeftlibError(
+            f"SDPA got a nested {what}; a prefix needs a padded one with a mask. Pad before attention."
+        )
+    n_own = prefix_PHE.shape[1]
+    has_heads = query.dim() > 3 and real.dim() > 2
+    n_real = real.shape[-3] if has_heads else 1
+    n_query = query.shape[-3] if query.dim() > 3 else 1
+    fits = n_own > 0 and prefix_PHE.shape[2] == real.shape[-1]
+    if fits and n_real % n_own == 0:
+        prefix_PHE = prefix_PHE.repeat_interleave(n_real // n_own, dim=1)
+    elif fits and has_heads and n_own % n_real == 0 and (n_query % n_own == 0 if gqa else n_query == n_own):
+        real = real.repeat_interleave(n_own // n_real, dim=-3)
+    else:
+        raise PeftlibError(
+            f"SDPA got a {what} of shape {tuple(real.shape)} ({n_real} heads of width {real.shape[-1]}) for a query of "
+            f"shape {tuple(query.shape)}; expected {n_own} heads, a multiple or a divisor of them, of width "
+            f"{prefix_PHE.shape[2]}, as the prefix has. Build the prefix from an example of this very call."
+        )
+    prefix = rearrange(prefix_PHE, "p h e -> h p e") if has_heads else prefix_PHE[:, 0]
+    lead = real.shape[:-2]
+    return torch.cat([prefix.to(real).expand(*lead, -1, -1), real], dim=-2)
+
+
+def _widen_mask(
+    mask: Tensor | None,
+    is_causal: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    n_real: int,
+    n_prefix: int,
+) -> Tensor | None:
+    """The mask over the real keys, with ``n_prefix`` visible columns on its left."""
+    if mask is None and not is_causal:
+        return None
+    # A causal mask lets query t see the keys up to t + diagonal.
+    diagonal = 0 if mask is None else _diagonal(mask)
+    if diagonal is not None:
+        n_query = query.shape[-2]
+        if diagonal == n_real - n_query and diagonal >= 0 and _on_real_cuda(query, key, value):
+            # The last query still sees the last key, so flash kernels have the mask built in. Imported here because
+            # the module imports all of dynamo, and because fake tensors cannot hold its tensors.
+            from torch.nn.attention.bias import causal_lower_right
+
+            return causal_lower_right(n_query, n_prefix + n_real)
+        mask = torch.ones(n_query, n_real, dtype=torch.bool, device=query.device).tril(diagonal)
+    assert mask is not None
+    # A last axis of 1 stands for all the real keys; it must not cover the prefix.
+    mask = mask.expand(*mask.shape[:-1], n_real)
+    return F.pad(mask, (n_prefix, 0), value=1.0 if mask.dtype == torch.bool else 0.0)
+
+
+def _diagonal(mask: Tensor) -> int | None:
+    """The diagonal of a ``CausalBias``, which has no entries to pad; None for a plain mask."""
+    if type(mask) in (Tensor, nn.Parameter):
+        return None
+    from torch.nn.attention.bias import CausalBias, CausalVariant
+
+    if not isinstance(mask, CausalBias):
+        return None
+    return 0 if mask.variant == CausalVariant.UPPER_LEFT else mask.seq_len_kv - mask.seq_len_q
+
+
+def _on_real_cuda(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a ``CausalBias`` can be used: it chooses its kernel eagerly, from real tensors of one dtype."""
+    if torch.compiler.is_compiling() or not query.is_cuda:
+        return False
+    if not (type(query) is type(key) is type(value) is Tensor and query.dtype == key.dtype == value.dtype):
+        return False
+    # It also skips autocast, so what autocast would still cast takes the mask.
+    return not torch.is_autocast_enabled("cuda") or query.dtype == torch.get_autocast_dtype("cuda")
+
+
+def attention_with_weights(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """SDPA that also returns its weights (..., H, T, S), after dropout; a :class:`PrefixScope` sees it as it sees SDPA.
+
+    The weights are those of the real keys; under a prefix they sum to less than one. Written out, because reading them
+    through SDPA needs an identity of S×S as value, which makes S/E times as much work.
+    """
+    # Not has_torch_function(): dynamo answers it without looking at the modes, and the prefix would silently be lost.
+    if torch._C._is_torch_function_mode_enabled():
+        tensors = (query, key, value)
+        return handle_torch_function(
+            attention_with_weights, tensors, *tensors, attn_mask=attn_mask, dropout_p=dropout_p
+        )
+    scores = (query * math.sqrt(1.0 / query.shape[-1])) @ key.mT
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        else:
+            scores = scores + attn_mask
+    weights = scores.softmax(-1)
+    if dropout_p > 0.0:
+        weights = F.dropout(weights, dropout_p)
+    return weights @ value, weights
+
+
+class Projection(nn.Module):
+    """One of the input projections of an open ``nn.MultiheadAttention``, as a linear without parameters of its own.
+
+    ``y = x Wᵀ + b``, where W and b are rows of the host's ``in_proj_weight`` and ``in_proj_bias`` (or its
+    ``q_proj_weight`` and so on). They are read at every call, so whatever stands in for the host's parameter is seen.
+
+    Args:
+        mha: the host.
+        which: ``"q"``, ``"k"`` or ``"v"``.
+    """
+
+    def __init__(self, mha: nn.MultiheadAttention, which: str) -> None:
+        super().__init__()
+        # In a tuple, so that the host does not become its own grandchild.
+        self._mha = (mha,)
+        self.which = which
+        self.in_features = {"q": mha.embed_dim, "k": mha.kdim, "v": mha.vdim}[which]
+        self.out_features = mha.embed_dim
+
+    def owner(self) -> tuple[nn.MultiheadAttention, str, slice | None]:
+        """The host, the name of its parameter that holds the weight, and the rows of it (None: all)."""
+        mha = self._mha[0]
+        if mha._qkv_same_embed_dim:
+            return mha, "in_proj_weight", self._rows()
+        return mha, f"{self.which}_proj_weight", None
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, in_features), a view of the host's parameter."""
+        mha, name, rows = self.owner()
+        weight = getattr(mha, name)
+        return weight if rows is None else weight[rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out_features,), a view of the host's parameter, or None."""
+        bias: Tensor | None = self._mha[0].in_proj_bias
+        return None if bias is None else bias[self._rows()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.which}, in_features={self.in_features}, out_features={self.out_features}"
+
+    def _rows(self) -> slice:
+        start = "qkv".index(self.which) * self.out_features
+        return slice(start, start + self.out_features)
+
+
+def open_projections(mha: nn.MultiheadAttention) -> None:
+    """Give the host the children ``q_proj``, ``k_proj`` and ``v_proj`` that :func:`mha_forward` calls."""
+    for which in "qkv":
+        if hasattr(mha, f"{which}_proj"):
+            raise PeftlibError(
+                f"{type(mha).__name__} has an attribute {which}_proj already, where peftlib puts a view of its input "
+                "projection. Rename it, or close the attention that is open before opening it again."
+            )
+    for which in "qkv":
+        mha.add_module(f"{which}_proj", Projection(mha, which))
+
+
+def close_projections(mha: nn.MultiheadAttention) -> None:
+    """Remove what :func:`open_projections` added."""
+    for which in "qkv":
+        assert isinstance(mha._modules[f"{which}_proj"], Projection)
+        del mha._modules[f"{which}_proj"]
+
+
+def mha_forward(
+    self: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``nn.MultiheadAttention.forward`` in the open, for a subclass whose projections are modules.
+
+    Arguments, results and errors are the original's. Without ``need_weights`` a query that may see no key at all gets
+    zeros, as in training there (the original's fused inference kernel gives NaN); with it NaN, as there.
+    """
+    if query.is_nested or key.is_nested or value.is_nested:
+        if query is not key or key is not value or key_padding_mask is not None or attn_mask is not None:
+            raise PeftlibError(
+                "nn.MultiheadAttention takes nested tensors only as self-attention without masks. Pad query, key and "
+                "value, and give a key_padding_mask."
+            )
+        return _nested_self_attention(self, query, need_weights, average_attn_weights)
+    batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)  # type: ignore[attr-defined]
+    if is_causal and attn_mask is None:
+        raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+    batch_axis = 0 if self.batch_first else 1
+    if not batched:
+        query, key, value = (x.unsqueeze(batch_axis) for x in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    if not query.shape[batch_axis] == key.shape[batch_axis] or not key.shape[:2] == value.shape[:2]:
+        # SDPA would broadcast a batch of one, which the original refuses.
+        raise RuntimeError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must have one batch "
+            "size, and key and value one length."
+        )
+
+    axes = "b t (h e)" if self.batch_first else "t b (h e)"
+    q_BHTE, k_BHSE, v_BHSE = (
+        rearrange(x, f"{axes} -> b h t e", h=self.num_heads)
+        for x in (self.q_proj(query), self.k_proj(key), self.v_proj(value))  # type: ignore[operator]
+    )
+    mask = _merge_masks(attn_mask, key_padding_mask, q_BHTE, k_BHSE)
+    if is_causal and key_padding_mask is None and not need_weights:
+        # The original takes the hint at its word here, and only here.
+        mask = None
+    else:
+        is_causal = False
+    k_BHSE = _append_extra_keys(k_BHSE, self.bias_k, self.add_zero_attn)
+    v_BHSE = _append_extra_keys(v_BHSE, self.bias_v, self.add_zero_attn)
+    if mask is not None:
+        mask = F.pad(mask, (0, k_BHSE.shape[-2] - mask.shape[-1]))
+
+    dropout_p = self.dropout if self.training else 0.0
+    weights: Tensor | None = None
+    if need_weights:
+        out_BHTE, weights = attention_with_weights(q_BHTE, k_BHSE, v_BHSE, mask, dropout_p)
+        weights = weights.mean(dim=1) if average_attn_weights else weights
+        weights = weights if batched else weights.squeeze(0)
+    else:
+        out_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, mask, dropout_p, is_causal)
+    out = self.out_proj(rearrange(out_BHTE, f"b h t e -> {axes}"))
+    return (out if batched else out.squeeze(batch_axis)), weights
+
+
+def _merge_masks(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, q_BHTE: Tensor, k_BHSE: Tensor
+) -> Tensor | None:
+    """Both masks as one that is added to the scores, broadcast against (B, H, T, S)."""
+    B, H, T, _ = q_BHTE.shape
+    S = k_BHSE.shape[-2]
+    for name, mask, expected in (
+        ("attn_mask", attn_mask, (T, S) if attn_mask is not None and attn_mask.dim() == 2 else (B * H, T, S)),
+        ("key_padding_mask", key_padding_mask, (B, S)),
+    ):
+        if mask is not None and tuple(mask.shape) != expected:
+            raise RuntimeError(f"The shape of {name} is {tuple(mask.shape)}, but should be {expected}.")
+    key_padding_mask = F._canonical_mask(
+        key_padding_mask, "key_padding_mask", F._none_or_dtype(attn_mask), "attn_mask", q_BHTE.dtype
+    )
+    attn_mask = F._canonical_mask(attn_mask, "attn_mask", None, "", q_BHTE.dtype, check_other=False)
+    if attn_mask is not None:
+        attn_mask = attn_mask.view(-1, 1 if attn_mask.dim() == 2 else H, T, S)
+    if key_padding_mask is None:
+        return attn_mask
+    key_padding_mask = key_padding_mask[:, None, None, :]
+    return key_padding_mask if attn_mask is None else attn_mask + key_padding_mask
+
+
+def _append_extra_keys(x_BHSE: Tensor, bias: Tensor | None, add_zero: bool) -> Tensor:
+    """Append the trained key (or value) of ``add_bias_kv``, then the zeros of ``add_zero_attn``."""
+    B, H, _, _ = x_BHSE.shape
+    if bias is not None:
+        bias_1H1E = rearrange(bias, "1 1 (h e) -> 1 h 1 e", h=H)
+        x_BHSE = torch.cat([x_BHSE, bias_1H1E.to(x_BHSE).expand(B, -1, -1, -1)], dim=-2)
+    return F.pad(x_BHSE, (0, 0, 0, 1)) if add_zero else x_BHSE
+
+
+def _nested_self_attention(
+    mha: nn.MultiheadAttention, nested: Tensor, need_weights: bool, average_attn_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Self-attention over what ``nn.TransformerEncoder`` makes of a padded batch in eval: pad, attend, nest again."""
+    if nested.layout is not torch.strided or not mha.batch_first:
+        raise PeftlibError(
+            f"nn.MultiheadAttention got a nested tensor of layout {nested.layout} with batch_first={mha.batch_first}; "
+            "expected torch.strided and True. Pad it, and give a key_padding_mask."
+        )
+    x_BTM = nested.to_padded_tensor(0.0)
+    lengths = torch.tensor([len(x) for x in nested.unbind()], device=x_BTM.device)
+    real_BT = torch.arange(x_BTM.shape[1], device=x_BTM.device) < lengths[:, None]
+    out_BTM, weights = mha_forward(
+        mha, x_BTM, x_BTM, x_BTM, ~real_BT, need_weights, None, average_attn_weights
+    )
+    if weights is not None:
+        # Rows of the padding are zero in the original's kernel.
+        visible = real_BT[:, :, None] if average_attn_weights else real_BT[:, None, :, None]
+        weights = weights.masked_fill(~visible, 0.0)
+    return torch._nested_tensor_from_mask(out_BTM, real_BT, mask_check=False), weights
