@@ -11,8 +11,8 @@ the open: three projections and the output projection as module calls, and one a
 
 Left out on purpose: attention written by hand as ``softmax(q @ kᵀ)`` and flex attention, which no mode sees; nested
 tensors under a prefix; dropping the prefix for some rows of the batch. A site that checkpoints *inside* its own
-forward recomputes outside the scope: non-reentrant checkpoints then raise, reentrant ones cannot notice. Checkpoint
-the site itself, or anything around it, and the scope is entered again with it.
+forward recomputes outside the scope, which is refused. Checkpoint the site itself, or anything around it, and the
+scope is entered again with it.
 
 Shapes: ``...`` batch axes (any number), B batch, T queries, S keys, P prefix positions, H heads, E head width,
 M model width. ``key_PHE`` has axes P, H and E.
@@ -32,6 +32,13 @@ from torch.overrides import TorchFunctionMode, handle_torch_function
 
 from peftlib.errors import PeftlibError
 
+# What nn.MultiheadAttention and nn.TransformerEncoderLayer hand everything to.
+_CLOSED = (
+    F.multi_head_attention_forward,
+    torch._native_multi_head_attention,
+    torch._transformer_encoder_layer_fwd,
+)
+
 
 class PrefixScope(TorchFunctionMode):
     """Put a trained prefix in front of the keys and values of every SDPA call made inside the scope.
@@ -48,8 +55,8 @@ class PrefixScope(TorchFunctionMode):
     then its own heads are repeated. The prefix takes the call's dtype and device. Gradients reach it as usual.
 
     Raises:
-        PeftlibError: inside the scope, when the call's heads or widths do not fit, or when the site runs a closed
-            ``nn.MultiheadAttention``, which the prefix could not reach.
+        PeftlibError: inside the scope, when the call's heads or widths do not fit, when the site runs a closed
+            ``nn.MultiheadAttention``, which the prefix could not reach, or when it turns gradients off.
 
     >>> query = key = value = torch.randn(2, 4, 5, 8)  # (B, H, S, E)
     >>> with PrefixScope(torch.randn(3, 4, 8), torch.randn(3, 4, 8)):
@@ -68,6 +75,7 @@ class PrefixScope(TorchFunctionMode):
             )
         self.key_PHE = key
         self.value_PHE = value
+        self.trains = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
@@ -79,7 +87,7 @@ class PrefixScope(TorchFunctionMode):
         if func is attention_with_weights:
             out, weights = self._attend(func, *args, **kwargs)
             return out, weights[..., self.key_PHE.shape[0] :]
-        if func is F.multi_head_attention_forward:
+        if func in _CLOSED:
             raise PeftlibError(
                 "A prefix was put around a module that runs a closed nn.MultiheadAttention, whose SDPA call cannot be "
                 "seen. Target the nn.MultiheadAttention itself."
@@ -103,6 +111,13 @@ class PrefixScope(TorchFunctionMode):
         if is_causal and attn_mask is not None:
             # Torch refuses this too, but on CPU only in some of its kernels.
             raise PeftlibError("SDPA got both attn_mask and is_causal=True. Put the causality into the mask.")
+        if self.trains and not torch.is_grad_enabled():
+            # Non-reentrant checkpoints notice by themselves that the recomputed keys are fewer; these would not.
+            raise PeftlibError(
+                "The attention runs without gradients inside its module, so its trained prefix would get none (or, in "
+                "a reentrant checkpoint, be left out of the recomputation). Checkpoint the whole attention module "
+                "instead, or call the model under torch.no_grad()."
+            )
         gqa = options.get("enable_gqa", False)
         n_real, n_prefix = key.shape[-2], self.key_PHE.shape[0]
         key = _prepend("key", self.key_PHE, key, query, gqa)
@@ -324,12 +339,9 @@ def mha_forward(
         rearrange(x, f"{axes} -> b h t e", h=self.num_heads)
         for x in (self.q_proj(query), self.k_proj(key), self.v_proj(value))  # type: ignore[operator]
     )
-    mask = _merge_masks(attn_mask, key_padding_mask, q_BHTE, k_BHSE)
-    if is_causal and key_padding_mask is None and not need_weights:
-        # The original takes the hint at its word here, and only here.
-        mask = None
-    else:
-        is_causal = False
+    # The original takes the hint at its word here, and only here; elsewhere it applies the mask.
+    is_causal = is_causal and key_padding_mask is None and not need_weights
+    mask = _merge_masks(None if is_causal else attn_mask, key_padding_mask, q_BHTE, k_BHSE)
     k_BHSE = _append_extra_keys(k_BHSE, self.bias_k, self.add_zero_attn)
     v_BHSE = _append_extra_keys(v_BHSE, self.bias_v, self.add_zero_attn)
     if mask is not None:
@@ -363,8 +375,8 @@ def _merge_masks(
         key_padding_mask, "key_padding_mask", F._none_or_dtype(attn_mask), "attn_mask", q_BHTE.dtype
     )
     attn_mask = F._canonical_mask(attn_mask, "attn_mask", None, "", q_BHTE.dtype, check_other=False)
-    if attn_mask is not None:
-        attn_mask = attn_mask.view(-1, 1 if attn_mask.dim() == 2 else H, T, S)
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.view(B, H, T, S)
     if key_padding_mask is None:
         return attn_mask
     key_padding_mask = key_padding_mask[:, None, None, :]

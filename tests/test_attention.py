@@ -97,7 +97,6 @@ def grads(out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         out,
         inputs,
         torch.randn(out.shape, dtype=out.dtype, device=out.device),
-        retain_graph=True,
         materialize_grads=True,
     )
 
@@ -243,12 +242,24 @@ def test_malformed_calls_are_refused() -> None:
         sdpa([(rand(2, 1, 4), rand(2, 1, 4))], nested, nested, nested)
 
 
-def test_a_closed_multihead_attention_is_refused_not_skipped() -> None:
-    mha, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(2, 3, 8)
-    for need_weights in (False, True):
-        with torch.no_grad(), PrefixScope(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)):
-            with pytest.raises(PeftlibError, match=r"Target the nn\.MultiheadAttention itself"):
-                mha(x, x, x, need_weights=need_weights)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_closed_multihead_attention_is_refused_not_skipped(compiled: bool) -> None:
+    torch._dynamo.reset()
+    layer, x = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), torch.randn(2, 3, 8)
+    prefix = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
+
+    def run(module, *args):
+        with PrefixScope(*prefix):
+            return module(*args)
+
+    if compiled:
+        # Dynamo answers has_torch_function() without the modes, so the fused kernels are reached.
+        run = torch.compile(run, backend="eager")
+    for training in (True, False):
+        for module, args in ((layer.self_attn, (x, x, x)), (layer, (x,))):
+            module.train(training)
+            with torch.no_grad(), pytest.raises(Exception, match=r"Target the nn\.MultiheadAttention itself"):
+                run(module, *args)
 
 
 def test_dropout_passes_through() -> None:
@@ -331,12 +342,14 @@ class Site(nn.Module):
             return self.attend(x)
 
 
-@pytest.mark.parametrize("kind", ["causal", "mask", "plain", "weights"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compile_without_a_break(kind: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    "kind, dynamic",
+    [("causal", True), ("causal", False), ("mask", False), ("plain", False), ("weights", True)],
+)
+def test_compile_without_a_break(kind: str, dynamic: bool) -> None:
     torch._dynamo.reset()
     site = Site(kind)
-    compiled = torch.compile(site, fullgraph=True, backend=backend, dynamic=backend == "eager")
+    compiled = torch.compile(site, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for shape in ((2, 5, 8), (3, 7, 8)):
         x = rand(*shape)
         assert_same(compiled(x), site(x), x, *site.parameters())
@@ -366,8 +379,15 @@ def test_checkpointing_inside_the_site_is_an_error() -> None:
     site, x = Site(), rand(2, 5, 8)
     with PrefixScope(site.key, site.value):
         out = checkpoint(site.attend, x, use_reentrant=False)
+        with pytest.raises(PeftlibError, match="Checkpoint the whole attention module"):
+            checkpoint(site.attend, x, use_reentrant=True)
     with pytest.raises(CheckpointError):
         out.sum().backward()
+    with torch.no_grad():
+        site(x)
+    site.requires_grad_(False)
+    with PrefixScope(site.key, site.value), torch.no_grad():
+        site.attend(x)
 
 
 def test_causal_bias_masks() -> None:
@@ -386,7 +406,6 @@ def test_causal_bias_masks() -> None:
             )
 
 
-@pytest.mark.filterwarnings("ignore:(?i).*(kernel|flash|efficient|torch was not compiled)")
 def test_lower_right_bias_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     # The branch that CUDA takes, where the bias is materialised: two scopes hand it on.
     q, prefix = rand(2, 2, 4, 8), (rand(3, 2, 8), rand(3, 2, 8))
@@ -533,6 +552,14 @@ def test_open_equals_closed(host: str, kind: str, batched: bool) -> None:
             torch.testing.assert_close(a, b)
 
 
+def test_empty_batch_of_the_open_attention() -> None:
+    closed = attention_module(batch_first=True)
+    x = torch.empty(0, S, 8, dtype=F64)
+    for kwargs in ({}, {"key_padding_mask": torch.empty(0, S, dtype=torch.bool)}):
+        for got, expected in zip(opened(closed)(x, x, x, **kwargs), closed(x, x, x, **kwargs), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 def test_open_equals_the_fused_inference_kernel() -> None:
     closed = attention_module(batch_first=True).eval()
     x = torch.randn(B, S, 8, dtype=F64)
@@ -564,12 +591,13 @@ def test_prefix_reaches_the_open_attention_and_its_weights(P: int, keys: int) ->
     xs = qkv(mha)
     xs = (xs[0], xs[1][:, :keys], xs[2][:, :keys])
     prefix = rand(P, H, 4), rand(P, H, 4)
-    twin, twin_weights = twin_mha(mha, xs, prefix)
     for need_weights in (False, True):
         with PrefixScope(*prefix):
-            out, weights = mha(*xs, need_weights=need_weights, average_attn_weights=False)
-        assert_same(out, twin, *xs, *prefix, *mha.parameters())
-    assert_same(weights, twin_weights[..., P:], *xs[:2], prefix[0])
+            out, _ = mha(*xs, need_weights=need_weights, average_attn_weights=False)
+        assert_same(out, twin_mha(mha, xs, prefix)[0], *xs, *prefix, *mha.parameters())
+    with PrefixScope(*prefix):
+        _, weights = mha(*xs, average_attn_weights=False)
+    assert_same(weights, twin_mha(mha, xs, prefix)[1][..., P:], *xs[:2], prefix[0])
 
 
 def test_dropout_of_the_open_attention() -> None:
