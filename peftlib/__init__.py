@@ -11,6 +11,8 @@ from peftlib.methods import (
     NewHead,
     PartialFineTuning,
     PrefixTuning,
+    PromptTuning,
+    PTuningV1,
     PTuningV2,
 )
 from peftlib.overview import inspect, summary
@@ -24,10 +26,12 @@ __all__ = [
     "FullFineTuning",
     "LoRA",
     "NewHead",
+    "PTuningV1",
     "PTuningV2",
     "PartialFineTuning",
     "PeftlibError",
     "PrefixTuning",
+    "PromptTuning",
     "Tuning",
     "attach",
     "inspect",

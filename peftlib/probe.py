@@ -38,12 +38,16 @@ class Trace:
         input: shape of its first tensor argument in the first call, or ``None``.
         output: shape of its first output tensor in the first call, or ``None``.
         is_floating: whether that input was floating point (an embedding's is not).
+        inputs: shape of the first tensor argument of every call.
+        call: positional and keyword arguments of the first call.
     """
 
     calls: int = 0
     input: tuple[int, ...] | None = None
     output: tuple[int, ...] | None = None
     is_floating: bool = True
+    inputs: list[tuple[int, ...] | None] = field(default_factory=list)
+    call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
 
 @dataclass
@@ -120,17 +124,18 @@ class Probe:
             return True
         return site.name in self.record.traces
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:
-        """Run the copy on the given inputs (shapes count, values do not) and record what happens."""
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = "") -> Record:
+        """Run the copy, or the named part of it, on inputs whose shapes count, and record what happens."""
         record = Record()
+        part = self._copy.get_submodule(name)
         with torch.random.fork_rng(devices=[], enabled=not self.fake), torch.enable_grad():
             if self.fake:
                 with self._mode:
                     args, kwargs = pytree.tree_map_only(Tensor, self._faked, (args, dict(kwargs)))
-                    record.output = _observe(self._copy, args, kwargs, record)
+                    record.output = _observe(part, args, kwargs, record, name)
             else:
                 with torch.no_grad():
-                    record.output = _observe(self._copy, args, kwargs, record)
+                    record.output = _observe(part, args, kwargs, record, name)
         return record
 
     def activations(self, model: nn.Module, inputs: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -236,7 +241,9 @@ def _holds_module(value: Any) -> bool:
     )
 
 
-def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], record: Record) -> Any:
+def _observe(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], record: Record, prefix: str = ""
+) -> Any:
     opened = []
     for module in list(model.modules()):
         if isinstance(module, nn.TransformerEncoder):
@@ -254,8 +261,11 @@ def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
             trace = record.traces.setdefault(name, Trace())
             trace.calls += 1
             given = first_tensor([*args, *kwargs.values()])
-            if trace.calls == 1 and given is not None:
-                trace.input, trace.is_floating = tuple(given.shape), given.is_floating_point()
+            trace.inputs.append(None if given is None else tuple(given.shape))
+            if trace.calls == 1:
+                trace.call = (args, kwargs)
+                if given is not None:
+                    trace.input, trace.is_floating = tuple(given.shape), given.is_floating_point()
 
         return hook
 
@@ -274,7 +284,7 @@ def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
 
         return hook
 
-    for name, module in _named(model):
+    for name, module in _named(model, prefix):
         leaf = not any(k != CHILD for k in module._modules)
         handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True, prepend=True))
         handles.append(

@@ -7,6 +7,8 @@ from peftlib.methods.lora import LoRA
 from peftlib.methods.new_head import NewHead
 from peftlib.methods.partial import PartialFineTuning
 from peftlib.methods.prefix import PrefixTuning
+from peftlib.methods.prompt import PromptTuning
+from peftlib.methods.ptuning_v1 import PTuningV1
 from peftlib.methods.ptuning_v2 import PTuningV2
 
 __all__ = [

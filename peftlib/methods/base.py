@@ -111,12 +111,14 @@ class Method(ABC):
     head: Any = None
     dtype: torch.dtype | None = None
 
-    needs_probe: ClassVar[bool] = False
-    """True if the method cannot find or size its sites by attributes alone."""
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         METHODS[cls.__name__] = cls
+
+    @property
+    def needs_probe(self) -> bool:
+        """True if the method cannot find or size its sites by attributes alone."""
+        return False
 
     @abstractmethod
     def refuses(self, site: Site) -> str | None:

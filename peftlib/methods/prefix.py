@@ -140,7 +140,9 @@ class DeepPrefix(Method):
     dropout: float = 0.0
     init: Any = None
 
-    needs_probe: ClassVar[bool] = True
+    @property
+    def needs_probe(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
