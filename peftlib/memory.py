@@ -1,7 +1,7 @@
 """Peak bytes of one training step and what they consist of: measured on real tensors, estimated on fake ones.
 
 :class:`LiveBytes` sees every ATen operator of the step and follows the storages, not the tensors: a view or an
-in-place result is no new memory, and a storage leaves the count at the moment Python frees it. What a storage was
+in-place result is no new memory, and a storage leaves the count at the moment it is freed. What a storage was
 *for* is settled afterwards, from its whole life. Each storage counts under the first line that holds:
 
 - frozen, trained: a parameter's, by ``requires_grad``; with ``model`` also its buffers (frozen)
@@ -11,9 +11,9 @@ in-place result is no new memory, and a storage leaves the count at the moment P
 - activation: made by a forward (or a checkpoint's recomputation) and alive when a later backward formula ran
 - temporary: the rest
 
-The activation rule needs no saved-tensor hooks, so it also sees what a custom function keeps on ``ctx``, what
-``save_on_cpu`` moves away and what a checkpoint recomputes, and ``torch.func`` and autograd's in-place checks keep
-working. A result that the step itself holds through the backward (its loss) is an activation too.
+The activation rule needs no saved-tensor hooks, so it also sees what a custom function keeps on ``ctx`` and what a
+checkpoint recomputes, and ``torch.vmap`` and autograd's in-place checks keep working. A result that the step itself
+holds through the backward (its output, its loss) is an activation too.
 
 Left out on purpose: workspace inside one kernel, and what an allocator adds (rounding, fragments, caches), so that
 the same step gives the same bytes anywhere; compiled code, which runs as its eager self here; what ``torch.func.grad``
