@@ -44,8 +44,10 @@ def attach(
         name: the tuning's name on this model.
         example: the positional arguments (a tensor, a tuple) or the keyword arguments (a dict) of one forward.
             Used once, under fake tensors, to learn shapes, attention sites and what is really executed.
-        freeze: stop training the base. A second attach freezes nothing that is already being trained; the flags
-            return to what they were when the last tuning leaves.
+        freeze: stop training the base, and hold still the running statistics of its batch norms, so that the base is
+            exactly what it was whatever was trained on top (a norm that the tuning itself trains moves its own). A
+            second attach freezes nothing that is already being trained; all of it returns to what it was when the
+            last tuning leaves.
 
     Returns:
         The enabled tuning.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peftlib.errors import CheckpointError, PeftlibError, StateError
 from peftlib.methods.base import Delta, Method
+from peftlib.methods.trained import hold_statistics, release_statistics
 from peftlib.site import check_closable, close_host, deltas, set_active
 
 TUNINGS = "_peft_tunings"
@@ -264,7 +265,8 @@ class Tuning:
             PeftlibError: nothing in the tuning is reparametrized.
         """
         self._check()
-        if not any([part.delta.fold() for part in self.parts]):
+        done = [part.delta.fold() for part in self.parts]
+        if not any(done):
             raise PeftlibError(f"The tuning {self.name!r} has no reparametrization to fold.")
         plain = {id(part.method): part.method.folded() for part in self.parts}
         for part in list(self.parts):
@@ -404,7 +406,7 @@ def _enable_only(have: Mapping[str, Tuning], now: Sequence[str], names: Sequence
 
 
 def hold_flags(model: nn.Module, modules: Sequence[nn.Module], freeze: bool) -> None:
-    """Remember which base parameters train, and freeze them.
+    """Remember which base parameters train, and freeze them and the running statistics.
 
     The memory lies at each module, with a count of the roots that hold it, so that tunings of a model and of a
     part of it may leave in any order.
@@ -426,6 +428,7 @@ def hold_flags(model: nn.Module, modules: Sequence[nn.Module], freeze: bool) -> 
             for parameter in module._parameters.values():
                 if parameter is not None:
                     parameter.requires_grad_(False)
+            hold_statistics(module)
     model.__dict__["_peft_held"] = list(modules)
 
 
@@ -437,6 +440,7 @@ def restore_flags(model: nn.Module) -> None:
         flags[0] -= 1
         if flags[0] == 0:
             del module.__dict__[FLAGS]
+            release_statistics(module)
             for name, flag in flags[1].items():
                 parameter = module._parameters.get(name)
                 if parameter is not None and parameter.requires_grad != flag:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from peftlib.methods.base import Site
 from peftlib.methods.trained import BaseTraining
@@ -33,6 +33,8 @@ class BitFit(BaseTraining):
 
     Source: Ben Zaken et al. 2021, arXiv:2106.10199, section 3.
     """
+
+    moves_statistics: ClassVar[bool] = False
 
     def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
         return [tree.site("")] if self.refuses(tree.site("")) is None else []

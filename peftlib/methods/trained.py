@@ -2,6 +2,9 @@
 
 The host's own parameters are trained, so optimizers and state dicts see what they always saw. The base values wait
 in the delta; enabling and disabling exchanges the two by pointer, so the base comes back bit for bit.
+
+A frozen base also keeps its running statistics, in training too: otherwise one forward in train mode would change
+what ``disabled()``, ``detach()`` and a saved tuning stand for. Only a tuning that trains a normalization moves them.
 """
 
 from __future__ import annotations
@@ -19,6 +22,40 @@ from peftlib.methods.base import CHILD, Delta, Method, Site, placement
 if TYPE_CHECKING:
     from peftlib.probe import Probe
     from peftlib.targets import Tree
+
+HELD = "_peft_statistics"
+
+
+def hold_statistics(module: nn.Module) -> None:
+    """Keep the running statistics of a normalization as they are; the output in training does not depend on them."""
+    if not isinstance(module, nn.modules.batchnorm._NormBase) or not module.track_running_stats:
+        return
+    kept: dict[str, Tensor] = {}
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        # Without tracking it would not use them in eval either; but it averages them over the batch at every step,
+        # which rounds, so the exact ones are put back at the end.
+        name, still = "momentum", 0.0
+        kept = {k: b.detach().clone() for k, b in module._buffers.items() if b is not None}
+    else:
+        # Its forward then hands on no statistics in training, so that even a batch with NaN leaves no mark.
+        name, still = "track_running_stats", False
+    module.__dict__[HELD] = (name, getattr(module, name), still, kept)
+    let_statistics_move(module, False)
+
+
+def let_statistics_move(module: nn.Module, on: bool) -> None:
+    """Let a module's held statistics follow the data again, or hold them still; nothing where none are held."""
+    if HELD in module.__dict__:
+        name, moving, still, _ = module.__dict__[HELD]
+        setattr(module, name, moving if on else still)
+
+
+def release_statistics(module: nn.Module) -> None:
+    """Undo :func:`hold_statistics`."""
+    let_statistics_move(module, True)
+    *_, kept = module.__dict__.pop(HELD, [{}])
+    for name, value in kept.items():
+        module._buffers[name].copy_(value)  # type: ignore[union-attr]
 
 
 class Trained(Delta):
@@ -96,6 +133,8 @@ class Trained(Delta):
             if on:
                 self._flags[name] = parameter.requires_grad
             parameter.requires_grad_(True if on else self._flags[name])
+        if self.statistics:
+            let_statistics_move(self._host[0], on)
         self.on = on
 
     def close(self) -> None:
@@ -118,18 +157,31 @@ class BaseTraining(Method):
 
     keep_base: bool = True
 
+    moves_statistics: ClassVar[bool] = True
+    """Whether a normalization that is wholly trained also moves its running statistics."""
+
     def wanted(self, site: Site) -> list[str]:
         """Own parameters of the site's module that this method trains."""
         names = [n for n, p in site.module._parameters.items() if p is not None and p.is_floating_point()]
         return [n for n in names if site.parameter in (None, n)]
 
     def refuses(self, site: Site) -> str | None:
-        inside = (m for k, m in _descend(site.module))
-        if site.parameter is None and not any(self.wanted(Site(site.name, m)) for m in inside):
+        inside = (Site(site.name, m) for _, m in _descend(site.module))
+        if site.parameter is None and not any(self.wanted(s) or self._only_statistics(s) for s in inside):
             return "there is no parameter inside that it could train"
         if site.parameter is not None and not self.wanted(site):
             return "it is no floating-point parameter that it could train"
         return None
+
+    def _only_statistics(self, site: Site) -> bool:
+        """Whether a module has nothing to train but running statistics (a norm with affine=False)."""
+        module = site.module
+        return (
+            self.moves_statistics
+            and isinstance(module, nn.modules.batchnorm._NormBase)
+            and module.running_mean is not None
+            and all(p is None for p in module._parameters.values())
+        )
 
     def survey(self, sites: Sequence[Site], tree: Tree, probe: Probe | None) -> list[Site]:
         """One site per module that owns trained tensors; a shared parameter goes to its first owner."""
@@ -145,6 +197,8 @@ class BaseTraining(Method):
                         seen.add(id(parameter))
                         names.setdefault(owner, []).append(name)
                         found.setdefault(owner, Site(owner, inner.module, None, tree.model))
+                if inner.parameter is None and self._only_statistics(inner):
+                    names[owner], found[owner] = [], Site(owner, inner.module, None, tree.model)
         if not found:
             raise TargetError(f"{type(self).__name__} finds nothing to train at {[s.name for s in sites]!r}.")
         return [replace(site, facts={"names": names[owner]}) for owner, site in found.items()]
@@ -158,7 +212,9 @@ class BaseTraining(Method):
                 )
             placement(site)
             names = site.facts["names"]
-            whole = set(names) == {n for n, p in site.module._parameters.items() if p is not None}
+            whole = self.moves_statistics and set(names) == {
+                n for n, p in site.module._parameters.items() if p is not None
+            }
             statistics = [
                 n
                 for n, b in site.module._buffers.items()
