@@ -11,6 +11,7 @@ Left out on purpose: which deltas there are and why (``tuning``), and where they
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,9 +30,8 @@ _CLASSES: weakref.WeakValueDictionary[tuple[type, frozenset[str]], type] = weakr
 class Deltas(nn.Module):
     """The deltas of one host, of every tuning, by ``"tuning:label"``."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    count: int = 0
+    """How many deltas were ever added: the next one's place in the order."""
 
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         # A host that runs over its own children (a loop over self.children()) must not notice this one.
@@ -183,6 +183,29 @@ def _check(host: nn.Module) -> None:
             )
 
 
+def _check_checkpoint(plain: type) -> None:
+    """Raise inside a reentrant checkpoint through which no gradient will come.
+
+    Such a checkpoint runs its function again in the backward only if one of its inputs requires a gradient. With a
+    frozen base before it none does, and the tuning inside would silently not be trained.
+    """
+    module = sys.modules.get("torch.utils.checkpoint")
+    if module is None:
+        return
+    code = module.CheckpointFunction.forward.__code__
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is code:
+            if any(isinstance(a, torch.Tensor) and a.requires_grad for a in frame.f_locals["args"]):
+                return
+            raise PeftlibError(
+                f"{plain.__name__} runs in a reentrant checkpoint none of whose inputs requires a gradient, so the tuning in "
+                "it would silently not be trained. Use checkpoint(..., use_reentrant=False), or let the input require one, "
+                "for instance embedding.register_forward_hook(lambda m, i, out: out.requires_grad_())."
+            )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
 def _no_op(module: nn.Module, args: Any, output: Any) -> None:
     return None
 
@@ -198,8 +221,11 @@ def _open_class(plain: type, shadows: frozenset[str]) -> type:
 
     @functools.wraps(plain.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self._peft_ran and not torch.compiler.is_compiling():
-            self.__dict__["_peft_ran"] = True
+        if not torch.compiler.is_compiling():
+            if not self._peft_ran:
+                self.__dict__["_peft_ran"] = True
+            if self.training and not torch.is_grad_enabled():
+                _check_checkpoint(plain)
         call = functools.partial(run, self)
         for delta in self._peft_active:  # type: ignore[union-attr]
             call = functools.partial(delta.forward, call)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 CHILD = "_peft"
 """Name of an open host's child that holds its deltas."""
 
+_PLAIN = frozenset((bool, int, float, str, tuple))
+
 METHODS: dict[str, type[Method]] = {}
 """Every method by class name; files name methods by it."""
 
@@ -61,6 +63,14 @@ class Delta(nn.Module):
     """Set by ``attach``: what tells this delta from others of the same tuning at the same host."""
     order: int = 0
     """Set by ``attach``: deltas of one host run in the order in which they came."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Most of a delta's attributes are plain, and nn.Module's checks of each would cost more than all the rest of
+        # building it.
+        if type(value) in _PLAIN:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return base(*args, **kwargs)
@@ -255,7 +265,7 @@ def placement(site: Site, dtype: torch.dtype | None = None) -> dict[str, Any]:
     Raises if the host's own tensors lie on several devices.
     """
     host = site.module
-    own = getattr(host, "_mha", (host,))[0]  # a virtual projection has its attention's tensors
+    own = host.__dict__.get("_mha", (host,))[0]  # a virtual projection has its attention's tensors
     tensors = [t for t in (*own._parameters.values(), *own._buffers.values()) if t is not None]
     for source in (own, site.model):
         if not tensors and source is not None:
