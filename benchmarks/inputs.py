@@ -16,8 +16,20 @@ class InputError(ValueError):
     """What was given cannot be used; the message says what was expected and what to do."""
 
 
-def load_factory(spec: str) -> tuple[nn.Module, Callable[[str], list[int]] | None]:
-    """The module that ``path.py:factory`` makes, and the ``encode`` of the same file if it has one.
+Encode = Callable[[str], list[int]]
+
+
+def utf8(text: str) -> list[int]:
+    """The byte-level encoding.
+
+    >>> utf8("aé")
+    [97, 195, 169]
+    """
+    return list(text.encode())
+
+
+def load_factory(spec: str) -> tuple[nn.Module, Encode]:
+    """The module that ``path.py:factory`` makes, and how it reads text.
 
     Args:
         spec: a Python file and the name of a callable in it that takes nothing and returns the module. A function
@@ -57,7 +69,7 @@ def load_factory(spec: str) -> tuple[nn.Module, Callable[[str], list[int]] | Non
         raise InputError(
             f"--model {spec}: {name}() must return an nn.Module; it returned {type(model).__name__}"
         )
-    return model, getattr(module, "encode", None)
+    return model, getattr(module, "encode", utf8)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -80,7 +92,7 @@ def check_language_model(model: nn.Module, ids_BT: Tensor, largest_id: int) -> N
         ids_BT: ids of the length that training will use.
         largest_id: the largest token of any text that will be used.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = next(model.parameters()).device
     embeddings = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     was_training = model.training
     model.eval()

@@ -12,17 +12,18 @@ import hashlib
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.inputs import Encode, InputError, utf8
+
 SKIPPED = {"dist-packages", "encodings", "idle_test", "pydoc_data", "site-packages", "test", "tests"}
 HELD_OUT_ONE_IN = 10
 
-Encode = Callable[[str], list[int]]
 Owner = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -33,15 +34,6 @@ class Domain:
     name: str
     train: Tensor
     held_out: Tensor
-
-
-def utf8(text: str) -> list[int]:
-    """The byte-level encoding.
-
-    >>> utf8("aé")
-    [97, 195, 169]
-    """
-    return list(text.encode())
 
 
 def standard_library(root: Path | None = None) -> tuple[Domain, Domain]:
@@ -64,7 +56,7 @@ def standard_library(root: Path | None = None) -> tuple[Domain, Domain]:
         parts["code", held_out].append(code(tree, source))
     for kind, held_out in parts:
         if not parts[kind, held_out]:
-            raise ValueError(f"{root} holds too few Python modules to split by file")
+            raise InputError(f"{root} holds too few Python modules to split by file")
     prose, program = (
         Domain(
             name=kind, train=tokens("".join(parts[kind, False])), held_out=tokens("".join(parts[kind, True]))
@@ -127,29 +119,41 @@ def text_file(path: Path, encode: Encode = utf8) -> Domain:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; give a UTF-8 text file") from error
+        raise InputError(f"cannot read {path}: {error.strerror}; give a UTF-8 text file") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not text.strip():
-        raise ValueError(f"{path} is empty; give a UTF-8 text file")
+        raise InputError(f"{path} is empty; give a UTF-8 text file")
     all_tokens = tokens(text, encode)
     cut = len(all_tokens) - len(all_tokens) // HELD_OUT_ONE_IN
     return Domain(name=path.name, train=all_tokens[:cut], held_out=all_tokens[cut:])
 
 
 def tokens(text: str, encode: Encode = utf8) -> Tensor:
-    """Text as a 1-D int64 tensor."""
-    return torch.tensor(encode(text), dtype=torch.int64)
+    """Text as a 1-D int64 tensor.
+
+    >>> tokens("aé")
+    tensor([ 97, 195, 169])
+    """
+    try:
+        encoded = torch.tensor(encode(text), dtype=torch.int64)
+    except Exception as error:
+        # the encoder may be the user's own
+        raise InputError(f"encode(text) failed with {type(error).__name__}: {error}") from error
+    if encoded.ndim != 1 or (len(encoded) and encoded.min() < 0):
+        raise InputError("encode(text) must give a flat list of ids, 0 or larger")
+    return encoded
 
 
-def check_length(domain: Domain, context: int) -> None:
+def check_length(domains: Sequence[Domain], context: int) -> None:
     """Refuse a domain whose parts do not hold one window of `context` tokens and the token after it."""
-    for part, part_tokens in (("training", domain.train), ("held-out", domain.held_out)):
-        if len(part_tokens) <= context:
-            raise ValueError(
-                f"{domain.name} is too short: its {part} part has {len(part_tokens)} tokens, and a context "
-                f"of {context} needs at least {context + 1}; give a longer text or a smaller --context"
-            )
+    for domain in domains:
+        for part, length in (("training", len(domain.train)), ("held-out", len(domain.held_out))):
+            if length <= context:
+                raise InputError(
+                    f"{domain.name} is too short: its {part} part has {length} tokens, and a context of {context} "
+                    f"needs at least {context + 1}; give a longer text or a smaller --context"
+                )
 
 
 def batches(train: Tensor, *, steps: int, batch: int, context: int, seed: int) -> Iterator[Tensor]:
