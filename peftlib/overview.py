@@ -31,8 +31,8 @@ def inspect(model: nn.Module, example: Any = None) -> Table:
 
     Example:
         >>> import torch, peftlib
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU())
-        >>> [row["methods"] for row in peftlib.inspect(model, torch.zeros(2, 8)).rows][1]
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> [row["methods"] for row in peftlib.inspect(model, torch.zeros(2, 8)).rows][3]
         'LoRA, Adapter, head'
     """
     if not isinstance(model, nn.Module):

@@ -128,6 +128,7 @@ class Prefix(Delta):
         for name in ("start_key", "start_value"):
             self._buffers.pop(name, None)
         del self.project
+        self._modules.pop("mlp", None)  # held here where the root is an attention itself
         self._shared = ()
         return True
 
