@@ -3,6 +3,7 @@
 from peftlib.attach import attach
 from peftlib.checkpoint import load
 from peftlib.errors import PeftlibError
+from peftlib.memory import MemoryReport, estimate_memory, measure_memory
 from peftlib.methods import (
     Adapter,
     BitFit,
@@ -14,6 +15,7 @@ from peftlib.methods import (
     PromptTuning,
     PTuningV1,
     PTuningV2,
+    TokenRows,
 )
 from peftlib.overview import inspect, summary
 from peftlib.tuning import Tuning, tunings, use
@@ -25,6 +27,7 @@ __all__ = [
     "BitFit",
     "FullFineTuning",
     "LoRA",
+    "MemoryReport",
     "NewHead",
     "PTuningV1",
     "PTuningV2",
@@ -32,10 +35,13 @@ __all__ = [
     "PeftlibError",
     "PrefixTuning",
     "PromptTuning",
+    "TokenRows",
     "Tuning",
     "attach",
+    "estimate_memory",
     "inspect",
     "load",
+    "measure_memory",
     "summary",
     "tunings",
     "use",

@@ -112,6 +112,23 @@ class Tree:
                     seen.add(id(parameter))
                     yield (f"{name}.{own}" if name else own), module, own, parameter
 
+    def token_embedding(self, probe: Probe | None) -> Site:
+        """The embedding that looks up tokens: declared, or the only one there is (with a probe: that runs)."""
+        declared = getattr(self.model, "get_input_embeddings", None)
+        module = declared() if callable(declared) else None
+        name = self.name_of(module) if isinstance(module, nn.Module) else None
+        if name is not None:
+            return self.site(name)
+        tables = [s for s in self.sites() if isinstance(s.module, nn.Embedding)]
+        tables = [s for s in tables if probe is None or probe.executed(s)]
+        if len(tables) != 1:
+            named = f": {', '.join(repr(s.name) for s in tables)}" if tables else ""
+            raise TargetError(
+                f"{type(self.model).__name__} has {len(tables)} embeddings{named}; name the one that looks up tokens with "
+                "targets=[...]."
+            )
+        return tables[0]
+
     def output_heads(self, probe: Probe | None) -> set[str]:
         """Names of the output layers: declared, tied to an embedding, or producing the root's output."""
         heads: set[str] = set()

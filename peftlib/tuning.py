@@ -232,8 +232,9 @@ class Tuning:
 
     def _check_mergeable(self, part: Part, owner: nn.Module, name: str) -> None:
         weight = owner._parameters[name]
+        own = {id(p.host) for p in self.parts}
         for other, module in self.model.named_modules(remove_duplicate=True):
-            if module is not owner and any(p is weight for p in module._parameters.values()):
+            if module is not owner and id(module) not in own and any(p is weight for p in module._parameters.values()):
                 raise PeftlibError(
                     f"The weight of {part.name!r} is shared with {other!r}, so merging would change that as well. "
                     "Untie them first, or keep the tuning attached."

@@ -10,6 +10,7 @@ from peftlib.methods.prefix import PrefixTuning
 from peftlib.methods.prompt import PromptTuning
 from peftlib.methods.ptuning_v1 import PTuningV1
 from peftlib.methods.ptuning_v2 import PTuningV2
+from peftlib.methods.token_rows import TokenRows
 
 __all__ = [
     "Adapter",
@@ -17,7 +18,10 @@ __all__ = [
     "FullFineTuning",
     "LoRA",
     "NewHead",
+    "PTuningV1",
     "PTuningV2",
     "PartialFineTuning",
     "PrefixTuning",
+    "PromptTuning",
+    "TokenRows",
 ]

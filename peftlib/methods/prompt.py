@@ -10,7 +10,7 @@ Shape legend: P prompt length, D embedding width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -216,7 +216,7 @@ class SoftPrompt(Method):
 
     def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
         if self.placeholder is not None:
-            return [_embedding(tree, probe)]
+            return [tree.token_embedding(probe)]
         return [tree.site("")]
 
     def survey(self, sites: Sequence[Site], tree: Tree, probe: Probe | None) -> list[Site]:
@@ -485,27 +485,6 @@ def _ids(init: Any) -> list[int]:
 
 def _plain_forward(module: nn.Module) -> Callable[..., Any]:
     return type(module).forward
-
-
-def _embedding(tree: Tree, probe: Probe | None) -> Site:
-    """The one embedding that looks up tokens: declared, or the only one there is."""
-    declared = getattr(tree.model, "get_input_embeddings", None)
-    if callable(declared):
-        module = declared()
-        name = tree.name_of(module) if isinstance(module, nn.Module) else None
-        if name is not None:
-            return tree.site(name)
-    tables = [s for s in _embeddings(tree) if probe is None or probe.executed(s)]
-    if len(tables) != 1:
-        raise TargetError(
-            f"{type(tree.model).__name__} has {len(tables)} embeddings"
-            f"{': ' + ', '.join(repr(s.name) for s in tables) if tables else ''}; name the one that looks up tokens: targets=[...]."
-        )
-    return tables[0]
-
-
-def _embeddings(tree: Tree) -> Iterator[Site]:
-    return (s for s in tree.sites() if isinstance(s.module, nn.Embedding))
 
 
 def _ordinary_id(table: nn.Embedding, model: nn.Module) -> int:
