@@ -19,6 +19,8 @@ from peftlib import (
     LoRA,
     PartialFineTuning,
     PrefixTuning,
+    PromptTuning,
+    PTuningV1,
     PTuningV2,
 )
 
@@ -50,6 +52,8 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "adapter": Contestant(build=lambda *_: Adapter(dim=32), rate=3e-3),
     "prefix": Contestant(build=lambda *_: PrefixTuning(length=16, hidden=128), rate=3e-3),
     "ptuning-v2": Contestant(build=lambda *_: PTuningV2(length=16), rate=3e-2),
+    "prompt": Contestant(build=lambda *_: PromptTuning(length=16), rate=1e-1),
+    "ptuning-v1": Contestant(build=lambda *_: PTuningV1(length=16, encoder="mlp", hidden=128), rate=3e-3),
 }
 
 

@@ -19,14 +19,16 @@ from benchmarks.text import Domain, batches, check_length, spread, standard_libr
 TINY = GPTConfig(width=32, layers=2, heads=2)
 
 MODEL = textwrap.dedent("""
+    from dataclasses import dataclass
+
     import torch
     import torch.nn.functional as F
     from torch import nn
 
 
+    @dataclass
     class Output:
-        def __init__(self, logits):
-            self.logits = logits
+        logits: torch.Tensor
 
 
     class Own(nn.Module):
@@ -56,6 +58,19 @@ MODEL = textwrap.dedent("""
 
     def too_small():
         return Own(vocabulary=100)
+
+
+    class HandWritten(Own):
+        def forward(self, ids):
+            x = self.embedding(ids)
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            later = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+            x = x + self.out((q @ k.mT).masked_fill(later, float("-inf")).softmax(-1) @ v)
+            return self.decode(x)
+
+
+    def hand_written():
+        return HandWritten()
 
 
     def no_module():
@@ -306,6 +321,35 @@ def test_pretraining_end_to_end_and_from_its_cache(
     cached.write_bytes(b"damaged")
     assert run(*args) == 0
     assert "pretraining on docstrings" in capsys.readouterr().err
+
+
+def test_methods_that_cannot_act_are_left_out_with_the_reason(
+    model_file: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = (
+        "--model",
+        f"{model_file}:hand_written",
+        "--data",
+        text,
+        "--out",
+        tmp_path / "out",
+        "--context",
+        16,
+    )
+    # what was asked for by name and cannot be had is a failure; of all methods, those that can act take part
+    assert run(*args, "--steps", 20, "--methods", "lora,prefix") == 1
+    err = capsys.readouterr().err
+    assert "prefix is left out: " in err
+    results = json.loads((tmp_path / "out" / "savings.json").read_text())
+    assert list(results["refused"]) == ["prefix"]
+    assert [row["method"] for row in results["rows"]] == ["lora"]
+    assert "did not fall" not in err
+    assert run(*args, "--steps", 40, "--rate", "prompt=0.01", "--rate", "ptuning-v1=0.001") == 0
+    assert set(json.loads((tmp_path / "out" / "savings.json").read_text())["refused"]) == {
+        "prefix",
+        "ptuning-v2",
+    }
+    assert "none of the methods can act on HandWritten" in refusal(capsys, *args, "--methods", "prefix")
 
 
 def test_a_loss_that_does_not_fall_is_said_and_fails(
