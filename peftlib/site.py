@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftlib.attention import close_projections, mha_forward, open_projections
 from peftlib.errors import PeftlibError
 from peftlib.methods.base import CHILD, Delta
+from peftlib.open_attention import close_projections, mha_forward, open_projections
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _CLASSES: weakref.WeakValueDictionary[tuple[type, frozenset[str]], type] = weakref.WeakValueDictionary()

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from peftlib.attention import Projection
 from peftlib.errors import TargetError
 from peftlib.methods.base import CHILD, Method, Site
+from peftlib.open_attention import Projection
 from peftlib.probe import Probe
 from peftlib.site import can_open_attention, plain_class
 

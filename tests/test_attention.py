@@ -22,15 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from peftlib import attention
-from peftlib.attention import (
-    PrefixScope,
-    Projection,
-    attention_with_weights,
-    close_projections,
-    mha_forward,
-    open_projections,
-)
+from peftlib.attention import PrefixScope, attention_with_weights
 from peftlib.errors import PeftlibError
+from peftlib.open_attention import Projection, close_projections, mha_forward, open_projections
 
 F64 = torch.float64
 

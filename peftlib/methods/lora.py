@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlib.attention import Projection
 from peftlib.errors import PeftlibError
 from peftlib.methods.base import (
     Delta,
@@ -31,6 +30,7 @@ from peftlib.methods.base import (
 )
 from peftlib.methods.dora import Magnitude
 from peftlib.methods.linear import CONVOLUTIONS, is_transposed, linear_shape
+from peftlib.open_attention import Projection
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 class Rows(Delta):
     """At the embedding: rows of their own for some ids."""
 
+    ids: Tensor
+    which: Tensor
+
     def __init__(self, host: nn.Embedding, ids: Sequence[int], **where: Any):
         super().__init__()
         self._host = (host,)
