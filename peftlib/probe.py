@@ -10,7 +10,9 @@ Left out on purpose: tracing. Only module calls and SDPA calls are seen; a hand-
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,7 +132,7 @@ class Probe:
         part = self._copy.get_submodule(name)
         with torch.random.fork_rng(devices=[], enabled=not self.fake), torch.enable_grad():
             if self.fake:
-                with self._mode:
+                with self._mode, _quiet():
                     args, kwargs = pytree.tree_map_only(Tensor, self._faked, (args, dict(kwargs)))
                     record.output = _observe(part, args, kwargs, record, name)
             else:
@@ -165,6 +167,18 @@ class Probe:
             # Always on the CPU: fake CUDA tensors abort the process in SDPA, meta ones fail in several models.
             fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         return fake.requires_grad_(tensor.requires_grad) if fake.is_floating_point() else fake
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's own log of a failing fake operator: the error that is raised says it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -146,18 +146,19 @@ class Tree:
         return (heads | set(probe.heads if probe is not None else ())) - {""}
 
     def near_miss(self, pattern: str) -> str:
-        tails: dict[str, str] = {}
-        for name in self.aliases:
-            parts = name.split(".")
-            for i in range(len(parts)):
-                tails.setdefault(".".join(parts[i:]), name)
-        close = difflib.get_close_matches(pattern, tails, n=4, cutoff=0.5)
-        leaves = sorted({name.rpartition(".")[2] for name in self.aliases if name and not name[-1].isdigit()})
-        hint = (
-            f"Closest names: {', '.join(repr(c) for c in close)}."
-            if close
-            else f"Names in it end in: {', '.join(leaves[:12])}{', ...' if len(leaves) > 12 else ''}."
+        names = [*(n for n in self.aliases if n), *(n for n, _, _, _ in self.parameters())]
+        tails = dict.fromkeys(
+            ".".join(parts[i:]) for parts in (n.split(".") for n in names) for i in range(len(parts))
         )
+        close = difflib.get_close_matches(pattern, tails, n=4, cutoff=0.5)
+        leaves = dict.fromkeys(n.rpartition(".")[2] for n in names)
+        shown = [n for n in leaves if not n.isdigit()] or list(leaves)
+        if close:
+            hint = f"Closest names: {', '.join(repr(c) for c in close)}."
+        elif shown:
+            hint = f"Names in it end in: {', '.join(shown[:12])}{', ...' if len(shown) > 12 else ''}."
+        else:
+            hint = "It has no parts."
         return (
             f"The target {pattern!r} matches nothing in {type(self.model).__name__}. {hint} "
             "A target is a glob on a dotted name or any trailing part of it, a module type, or a predicate "
@@ -254,7 +255,7 @@ def select(
             else:
                 sites.append(site)
         if not sites:
-            reasons = "".join(f" {n!r} is {why}." for n, why in list(left_out.items())[:4])
+            reasons = "".join(f" {n or 'the root'!r}: {why}." for n, why in list(left_out.items())[:4])
             raise TargetError(
                 f"{type(method).__name__} finds no place in {type(tree.model).__name__} by default.{reasons} "
                 "Name one with targets=[...]; peftlib.inspect(model) lists what can be targeted."
