@@ -14,8 +14,9 @@ from peftlib.errors import PeftlibError, ProbeError, StateError, TargetError
 from peftlib.methods.base import Method, Site
 from peftlib.methods.full import FullFineTuning
 from peftlib.methods.new_head import NewHead
+from peftlib.open_attention import Projection
 from peftlib.probe import Probe
-from peftlib.site import close_host, open_host, set_active
+from peftlib.site import can_open_attention, close_host, open_host, set_active
 from peftlib.targets import Tree, describe, select
 from peftlib.tuning import TUNINGS, Part, Tuning, hold_flags, registry, restore_flags
 
@@ -78,8 +79,8 @@ def attach(
             example = _stand_in(model)
             if example is None:
                 raise ProbeError(
-                    f"{type(one).__name__} has to see one forward to know its sites: pass example= (a tensor, a tuple of "
-                    "positional arguments, or a dict of keyword arguments). It is used once, under fake tensors."
+                    f"{type(one).__name__} has to see one forward to know its sites: pass example= (a tensor, a tuple "
+                    "of positional arguments, or a dict of keyword arguments). It is used once, under fake tensors."
                 )
             probe = Probe(model, example)
         sites, left_out = select(one, wanted, tree, probe)
@@ -95,6 +96,7 @@ def build_parts(tree: Tree, plan: Plan, name: str) -> list[Part]:
     """Build the deltas of a resolved plan, without touching the model."""
     parts: list[Part] = []
     taken: set[tuple[int, str]] = set()
+    nesting: set[int] = set()
     for method, sites in plan:
         given = {site.name: site for site in sites}
         for site_name, delta in method.build(sites).items():
@@ -108,7 +110,7 @@ def build_parts(tree: Tree, plan: Plan, name: str) -> list[Part]:
                 )
             taken.add((id(site.module), key))
             delta.train(site.module.training)
-            opened = _enclosing(site, tree)
+            opened = _enclosing(site, tree, nesting)
             parts.append(
                 Part(
                     site.name,
@@ -169,9 +171,8 @@ def _open(part: Part, tree: Tree) -> None:
             open_host(host)
             opened.append(host)
             # An attention makes its projections when it opens; from then on they are the site.
-        if part.opened and part.name in tree.modules and part.host is not part.opened[0]:
-            own = part.name.rpartition(".")[2]
-            part.host = part.opened[0]._modules[own]  # type: ignore[assignment]
+        if isinstance(part.host, Projection):
+            part.host = part.opened[0]._modules[f"{part.host.which}_proj"]  # type: ignore[assignment]
         hook = any(isinstance(m, nn.TransformerEncoderLayer) for _, m in tree.ancestors(part.name))
         open_host(part.host, shadow=part.parameter, hook=hook).add(part.key, part.delta)
     except BaseException:
@@ -180,10 +181,23 @@ def _open(part: Part, tree: Tree) -> None:
         raise
 
 
-def _enclosing(site: Site, tree: Tree) -> list[nn.Module]:
-    """Modules to open so that the site is called at all: the attention around its own projections."""
+def _enclosing(site: Site, tree: Tree, nesting: set[int]) -> list[nn.Module]:
+    """Modules to open so that the site is called at all: the attention around its own projections.
+
+    In eval an ``nn.TransformerEncoder`` nests a padded batch, which closed attentions take in their fused path alone,
+    and what needs gradients cannot go there: then all its attentions are opened, by the first part inside.
+    """
     parent = tree.parent(site.name) if site.parameter is None else None
-    return [parent] if isinstance(parent, nn.MultiheadAttention) else []
+    found = [parent] if isinstance(parent, nn.MultiheadAttention) else []
+    for _, around in tree.ancestors(site.name):
+        if (
+            isinstance(around, nn.TransformerEncoder)
+            and around.use_nested_tensor
+            and id(around) not in nesting
+        ):
+            nesting.add(id(around))
+            found += [m for m in around.modules() if can_open_attention(m)]
+    return found
 
 
 def _check_arguments(model: Any, method: Any, targets: Any, name: Any) -> None:

@@ -73,7 +73,7 @@ class Bottleneck(Delta):
 
     def _bottleneck(self, h: Tensor) -> Tensor:
         wanted = self.down.shape[1]
-        if h.dim() < 1 or h.dim() <= self.axis or h.shape[self.axis] != wanted:
+        if h.dim() < 1 or h.dim() <= self.axis or h.size(self.axis) != wanted:
             raise PeftlibError(
                 f"An adapter for {wanted} features on axis {self.axis} met a tensor of shape {tuple(h.shape)}. Attach with "
                 "example=, so that the width is seen instead of guessed, or set Adapter(axis=...)."
