@@ -8,13 +8,15 @@ Shape legend: G groups (1 for linear), O outputs per group, F inputs per output 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftlib.methods.linear import CONVOLUTIONS, is_transposed
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What a host can compute in; narrower floats are storage."""
 
 
 class Magnitude(nn.Module):
@@ -77,18 +79,17 @@ class Magnitude(nn.Module):
 
     def _weight_OF(self) -> Tensor | None:
         weight = getattr(self._host[0], "weight", None)
-        if not isinstance(weight, Tensor) or weight.dtype not in (
-            torch.float64,
-            torch.float32,
-            torch.float16,
-            torch.bfloat16,
-        ):
+        if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
             return None
         return weight.detach().T if is_transposed(self._host[0]) else weight.detach().flatten(1)
 
-    def _plain(self) -> Callable[..., Any]:
+    def _run(self, rows: Tensor) -> Tensor:
+        """The host's own forward, without any delta, in the dtype it computes in."""
         host = self._host[0]
-        return getattr(type(host), "_peft_plain", type(host)).forward.__get__(host)
+        tensors = (*host._parameters.values(), *host._buffers.values())
+        dtype = next((t.dtype for t in tensors if t is not None and t.dtype in FLOATS), rows.dtype)
+        output: Tensor = getattr(type(host), "_peft_plain", type(host)).forward(host, rows.to(dtype))
+        return output.to(rows.dtype)
 
     def _bias(self, a: Tensor) -> Tensor:
         host = self._host[0]
@@ -96,10 +97,10 @@ class Magnitude(nn.Module):
             bias = getattr(host, "bias", None)
             return a.new_zeros(()).expand(self.m.shape[0]) if bias is None else bias
         with torch.no_grad():
-            return self._plain()(a.new_zeros(1, a.shape[1]))[0]
+            return self._run(a.new_zeros(1, a.shape[1]))[0]
 
     def _linear_part(self, rows: Tensor) -> Tensor:
-        return self._plain()(rows) - self._bias(rows)
+        return self._run(rows) - self._bias(rows)
 
     @torch.no_grad()
     def _opaque_squares(self, a: Tensor, block: int = 512) -> Tensor:

@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 class LowRank(Delta):
     """``a`` and ``b``, their scale, and the dropout on the input; subclasses know the host's shape."""
 
-    magnitude: Magnitude | None = None
-
     def __init__(self, method: LoRA, host: nn.Module, a: Sequence[int], b: Sequence[int], **where: Any):
         super().__init__()
         self.scaling = method.scaling
         self.p = method.dropout
         # In a tuple: a reference, not a child. Deep copies and pickles of the model keep it right.
         self._host = (host,)
+        # Not on the class: an attribute there would hide the module that DoRA puts here.
+        self.magnitude: Magnitude | None = None
         self.a = nn.Parameter(torch.empty(*a, **where))
         self.b = nn.Parameter(torch.empty(*b, **where))
         if self.a.device.type != "meta":
@@ -68,7 +68,8 @@ class LowRank(Delta):
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         x = first_argument(args, kwargs)
         if self.magnitude is None:
-            return map_first(base(*args, **kwargs), lambda y: y + self.update(x))
+            # A factor's dtype (dtype=) never becomes the model's.
+            return map_first(base(*args, **kwargs), lambda y: y + self.update(x).to(y.dtype))
         scale, bias = self.magnitude(self.a, self.b, self.scaling)
         return map_first(
             base(*args, **kwargs), lambda y: torch.addcmul(bias, scale, y - bias + self.update(x)).to(y.dtype)
@@ -196,7 +197,7 @@ class EmbeddingLoRA(LowRank):
 
     def update(self, x: Tensor) -> Tensor:
         host: Any = self._host[0]
-        # Whole rows are dropped: there is no input vector whose features could be.
+        # An id has no features to drop; those of its row of A are the first there are.
         return F.linear(self.drop(F.embedding(x, self.a, host.padding_idx)), self.b) * self.scaling
 
     def delta_weight(self) -> Tensor:
@@ -255,7 +256,7 @@ class LoRA(Method):
         use_rslora: s = alpha / sqrt(rank) instead.
         use_dora: weight-decomposed form ``y = b + m / |W + s B A| (W + s B A) x`` with a trained magnitude m per
             output, the norm per output row taken as a constant in the backward. Linear-like and convolution sites.
-        init: ``"kaiming"``, or ``"gaussian"`` for A ~ N(0, 1/R).
+        init: ``"kaiming"``, or ``"gaussian"`` for A normal with spread 1/R.
         rows: ranges (start, stop) of output features that get an update of their own each, for fused weights: q and v
             of a fused qkv of width d are ``rows=[(0, d), (2 * d, 3 * d)]``. ``None``: one update for all.
 
@@ -286,10 +287,10 @@ class LoRA(Method):
         check_positive_int("LoRA", rank=self.rank)
         check_probability("LoRA", dropout=self.dropout)
         if self.alpha is not None and not (
-            isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha)
+            isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha) and self.alpha
         ):
             raise PeftlibError(
-                f"LoRA(alpha={self.alpha!r}): alpha must be a finite number, or None for the rank."
+                f"LoRA(alpha={self.alpha!r}): alpha must be a finite number other than 0, or None for the rank."
             )
         if self.init not in ("kaiming", "gaussian"):
             raise PeftlibError(f"LoRA(init={self.init!r}): init must be 'kaiming' or 'gaussian'.")
@@ -385,7 +386,7 @@ class LoRA(Method):
         return delta
 
     def config(self) -> dict[str, Any]:
-        return {**{"rank": self.rank}, **super().config()}
+        return {"rank": self.rank, **super().config()}
 
 
 def linear_sites(tree: Tree, probe: Probe | None) -> Iterator[Site]:
