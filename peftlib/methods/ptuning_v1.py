@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from peftlib.errors import PeftlibError
 from peftlib.methods.base import Method, check_positive_int, check_probability
-from peftlib.methods.prompt import SoftPrompt, Table, start_rows
 from peftlib.methods.rows import FrozenCache
+from peftlib.methods.soft_prompt import SoftPrompt, start_rows
+from peftlib.methods.virtual import Table
 
 
 class PromptEncoder(nn.Module):
