@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from peftlib.errors import PeftlibError
 from peftlib.methods.adapter import Adapter
-from peftlib.methods.base import METHODS, Method
+from peftlib.methods.base import METHODS, Method, plain_class
 from peftlib.methods.lora import LoRA
 from peftlib.probe import Probe
 from peftlib.report import Table
-from peftlib.site import plain_class
 from peftlib.targets import Tree
 from peftlib.tuning import tunings
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from peftlib.errors import PeftlibError
-from peftlib.methods.base import CHILD, Delta
+from peftlib.methods.base import CHILD, Delta, plain_class
 from peftlib.open_attention import close_projections, mha_forward, open_projections
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -114,12 +114,6 @@ def check_closable(host: nn.Module) -> None:
 
 def is_open(module: nn.Module) -> bool:
     return "_peft_open" in module.__dict__
-
-
-def plain_class(module: nn.Module) -> type:
-    """The class the module has, or had before it was opened."""
-    cls = type(module)
-    return cls.__dict__.get("_peft_plain", cls)
 
 
 def deltas(host: nn.Module) -> Deltas:

@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 
 from peftlib.errors import TargetError
-from peftlib.methods.base import CHILD, Method, Site
+from peftlib.methods.base import CHILD, Method, Site, plain_class
 from peftlib.open_attention import Projection
 from peftlib.probe import Probe
-from peftlib.site import can_open_attention, plain_class
+from peftlib.site import can_open_attention
 
 ATTENTION_CHILDREN = ("q_proj", "k_proj", "v_proj", "out_proj")
 

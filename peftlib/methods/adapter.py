@@ -24,6 +24,7 @@ from peftlib.methods.base import (
     first_argument,
     map_first,
     placement,
+    plain_class,
 )
 from peftlib.methods.linear import CONVOLUTIONS, input_width, leaves, linear_shape, output_width
 from peftlib.methods.lora import linear_sites
@@ -63,20 +64,21 @@ class Bottleneck(Delta):
 
     def extra_repr(self) -> str:
         dim, inside = self.down.shape
-        return f"{inside} -> {dim} -> {self.up.shape[0]}, {self.activation}, {'parallel' if self.parallel else 'sequential'}"
+        place = "parallel" if self.parallel else "sequential"
+        return f"{inside} -> {dim} -> {self.up.shape[0]}, {self.activation}, {place}"
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.parallel:
             x = first_argument(args, kwargs)
-            return map_first(base(*args, **kwargs), lambda f: f + self._bottleneck(x))
+            return map_first(base(*args, **kwargs), lambda f: self._beside(f, self._bottleneck(x)))
         return map_first(base(*args, **kwargs), lambda f: f + self._bottleneck(f))
 
     def _bottleneck(self, h: Tensor) -> Tensor:
         wanted = self.down.shape[1]
         if h.dim() < 1 or h.dim() <= self.axis or h.size(self.axis) != wanted:
             raise PeftlibError(
-                f"An adapter for {wanted} features on axis {self.axis} met a tensor of shape {tuple(h.shape)}. Attach with "
-                "example=, so that the width is seen instead of guessed, or set Adapter(axis=...)."
+                f"An adapter for {wanted} features on axis {self.axis} met a tensor of shape {tuple(h.shape)}. Attach "
+                "with example=, so that the width is seen instead of guessed, or set Adapter(axis=...)."
             )
         last = self.axis in (-1, h.dim() - 1)
         h = h if last else h.movedim(self.axis, -1)
@@ -88,6 +90,15 @@ class Bottleneck(Delta):
         out = F.linear(z, _like(self.up, h), _like(self.up_bias, h))
         out = out if self.scale == 1 else out * self.scale
         return out if last else out.movedim(-1, self.axis)
+
+    @staticmethod
+    def _beside(f: Tensor, update: Tensor) -> Tensor:
+        if update.shape != f.shape:
+            raise PeftlibError(
+                f"A parallel adapter made {tuple(update.shape)} of its module's input, and the module "
+                f"{tuple(f.shape)}. Use placement='sequential', or a module that keeps all but the feature axis."
+            )
+        return f + update
 
     def merged(self) -> Any:
         raise PeftlibError(
@@ -101,7 +112,7 @@ def _like(parameter: Tensor, h: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(Method):
-    r"""A bottleneck after a module, ``out = f + s (U act(D f + d) + u)``, or beside it, ``out = f + s (U act(D x + d) + u)``.
+    r"""A bottleneck after a module, ``out = f + s (U act(D f + d) + u)``, or beside it, with ``D x`` for ``D f``.
 
     f = f(x) is the module's output, or its first output; D (M, W), d (M), U (W, M), u (W): 2 M W + M + W parameters.
     U and u start at 0, so attaching changes nothing; D starts kaiming-uniform(sqrt 5). On channel-first modules
@@ -147,8 +158,8 @@ class Adapter(Method):
     def __post_init__(self) -> None:
         if (self.dim is None) == (self.reduction is None):
             raise PeftlibError(
-                f"Adapter(dim={self.dim!r}, reduction={self.reduction!r}): give exactly one of dim= (the bottleneck) and "
-                "reduction= (width divided by it)."
+                f"Adapter(dim={self.dim!r}, reduction={self.reduction!r}): give exactly one of dim= (the bottleneck) "
+                "and reduction= (width divided by it)."
             )
         if self.dim is not None:
             check_positive_int("Adapter", dim=self.dim)
@@ -163,8 +174,10 @@ class Adapter(Method):
                 raise PeftlibError(
                     f"Adapter({name}={value!r}): {name} must be one of {', '.join(map(repr, allowed))}."
                 )
-        if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
-            raise PeftlibError(f"Adapter(scale={self.scale!r}): scale must be a finite number.")
+        if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale) or not self.scale:
+            raise PeftlibError(f"Adapter(scale={self.scale!r}): scale must be a finite number other than 0.")
+        if self.axis is not None and (isinstance(self.axis, bool) or not isinstance(self.axis, int)):
+            raise PeftlibError(f"Adapter(axis={self.axis!r}): axis must be an integer, or None.")
 
     @classmethod
     def houlsby(cls, dim: int = 64, **fields: Any) -> Adapter:
@@ -186,9 +199,10 @@ class Adapter(Method):
             return "an adapter acts on a module's output, not on a parameter"
         if type(site.module).forward is nn.Module.forward:
             return "it has no forward (a container), so there is no output to adapt"
-        stride = getattr(site.module, "stride", 1)
+        if self.placement == "parallel" and isinstance(site.module, nn.Embedding):
+            return "a parallel adapter works on the module's input, and these are integer ids"
         if self.placement == "parallel" and isinstance(site.module, CONVOLUTIONS):
-            if any(s != 1 for s in stride) or site.module.padding == "valid":
+            if any(s != 1 for s in site.module.stride) or site.module.padding == "valid":
                 return "a parallel adapter keeps the spatial size, which this convolution changes"
         return None
 
@@ -198,14 +212,15 @@ class Adapter(Method):
             return [tree.site(n) for n in names] or list(linear_sites(tree, probe))
         if probe is None:
             raise ProbeError(
-                f"Adapter's {self.where!r} places are found by watching a block work: pass example=, or name the places "
-                "with targets=[...]."
+                f"Adapter's {self.where!r} places are found by watching a block work: pass example=, or name the "
+                "places with targets=[...]."
             )
         found = [site for name in names for site in self._published(tree.site(name), tree, probe)]
         if not found:
+            after = ", after an attention that calls SDPA" if self.where == "houlsby" else ""
             raise TargetError(
-                f"{type(tree.model).__name__} shows no block with the {self.where!r} places (a feed-forward of linears"
-                f"{', after an attention that calls SDPA' if self.where == 'houlsby' else ''}). Name them with targets=[...]."
+                f"{type(tree.model).__name__} shows no block with the {self.where!r} places (a feed-forward of "
+                f"linears{after}). Name them with targets=[...]."
             )
         return found
 
@@ -242,21 +257,21 @@ class Adapter(Method):
         guess, inside = output_width(site.module), input_width(site.module)
         trace = probe.trace(site) if probe is not None else None
         if trace is not None and trace.output is not None:
-            axis = self.axis if self.axis is not None else _feature_axis(site.module, trace.output, guess)
+            axis = self.axis if self.axis is not None else _feature_axis(trace.output, guess)
+            if not -len(trace.output) <= axis < len(trace.output):
+                raise TargetError(
+                    f"Adapter(axis={axis}): the output of {site.name or 'the root'!r} has shape {trace.output}."
+                )
             width = trace.output[axis]
-            into = (
-                trace.input[axis]
-                if trace.input and trace.is_floating and len(trace.input) > axis % len(trace.output)
-                else None
-            )
+            into = None
+            if trace.input and trace.is_floating and len(trace.input) == len(trace.output):
+                into = trace.input[axis]
             if self.placement == "parallel" and (
-                into is None
-                or not trace.input
-                or trace.input[: -1 if axis == -1 else 1] != trace.output[: -1 if axis == -1 else 1]
+                into is None or _without(trace.input, axis) != _without(trace.output, axis)
             ):
                 raise TargetError(
-                    f"A parallel adapter needs input and output that differ in the feature axis alone; {site.name!r} maps "
-                    f"{trace.input} to {trace.output}. Use placement='sequential', or another module."
+                    f"A parallel adapter needs input and output that differ in the feature axis alone; {site.name!r} "
+                    f"maps {trace.input} to {trace.output}. Use placement='sequential', or another module."
                 )
         elif guess is None:
             raise ProbeError(
@@ -278,7 +293,7 @@ class Adapter(Method):
         found: dict[str, Delta] = {}
         for site in sites:
             into, out, axis = (site.facts[k] for k in ("in", "out", "axis"))
-            dim = self.dim if self.dim is not None else max(1, int(out / self.reduction))  # type: ignore[operator]
+            dim = self.dim if self.dim is not None else max(1, int(out / self.reduction))
             found[site.name] = Bottleneck(self, (into, dim, out), axis, **placement(site, self.dtype))
         return found
 
@@ -293,7 +308,7 @@ def repeated_blocks(tree: Tree) -> list[str]:
         if any(name.startswith(f"{block}.") for block in found):
             continue
         children = [(k, m) for k, m in module._modules.items() if m is not None and k != CHILD]
-        kinds = [type(m) for _, m in children]
+        kinds = [plain_class(m) for _, m in children]
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) >= 2 and len(set(kinds)) == 1:
             if type(children[0][1]).forward is nn.Module.forward or not children[0][1]._modules:
                 continue
@@ -302,8 +317,15 @@ def repeated_blocks(tree: Tree) -> list[str]:
     return list(dict.fromkeys(tree.aliases[n] for n in found))
 
 
-def _feature_axis(module: nn.Module, shape: tuple[int, ...], guess: tuple[int, int] | None) -> int:
-    """Last, unless the module's layers say that axis 1 is the feature axis and the last is not."""
+def _without(shape: tuple[int, ...] | None, axis: int) -> list[int]:
+    """A shape without one of its axes."""
+    sizes = list(shape or ())
+    del sizes[axis]
+    return sizes
+
+
+def _feature_axis(shape: tuple[int, ...], guess: tuple[int, int] | None) -> int:
+    """The last, unless the module's layers say that axis 1 is the feature axis and the last is not."""
     if guess is None:
         return -1
     size, axis = guess

@@ -205,6 +205,12 @@ def check_probability(owner: str, **values: Any) -> None:
             raise PeftlibError(f"{owner}({name}={value!r}): {name} must be a number in [0, 1).")
 
 
+def plain_class(module: nn.Module) -> type[Any]:
+    """The class a module has, or had before it was opened."""
+    cls = type(module)
+    return cls.__dict__.get("_peft_plain", cls)
+
+
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The tensor a module is applied to: its first positional argument, else its first keyword tensor."""
     for value in (*args, *kwargs.values()):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlib.methods.base import plain_class
 from peftlib.methods.linear import CONVOLUTIONS, is_transposed
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -88,7 +89,7 @@ class Magnitude(nn.Module):
         host = self._host[0]
         tensors = (*host._parameters.values(), *host._buffers.values())
         dtype = next((t.dtype for t in tensors if t is not None and t.dtype in FLOATS), rows.dtype)
-        output: Tensor = getattr(type(host), "_peft_plain", type(host)).forward(host, rows.to(dtype))
+        output: Tensor = plain_class(host).forward(host, rows.to(dtype))
         return output.to(rows.dtype)
 
     def _bias(self, a: Tensor) -> Tensor:
