@@ -166,8 +166,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -204,8 +204,8 @@ def _encode(method: Method) -> dict[str, Any]:
 def _decode(kind: str, config: Mapping[str, Any]) -> Method:
     if kind not in METHODS:
         raise CheckpointError(
-            f"The file names the method {kind!r}, which this program does not have. It has: {', '.join(sorted(METHODS))}. "
-            "A method of your own must be imported before loading."
+            f"The file names the method {kind!r}, which this program does not have. It has: "
+            f"{', '.join(sorted(METHODS))}. A method of your own must be imported before loading."
         )
     known = {f.name for f in dataclasses.fields(METHODS[kind])}
     unknown = set(config) - known

@@ -35,8 +35,8 @@ class Head(Delta):
 
     def merged(self) -> Any:
         raise PeftlibError(
-            "NewHead cannot be merged: it replaces a layer of another shape. Keep the tuning attached, or set the layer "
-            "yourself after detach()."
+            "NewHead cannot be merged: it replaces a layer of another shape. Keep the tuning attached, or set the "
+            "layer yourself after detach()."
         )
 
 

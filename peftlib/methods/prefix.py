@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peftlib.targets import Tree
 
 STD = 0.02
-"""Spread of directly trained keys and values at the start: small against real ones, so that the model starts near itself."""
+"""Spread of directly trained keys and values at the start: small against real ones."""
 
 
 class SharedPrefix(nn.Module):
@@ -212,8 +212,8 @@ class DeepPrefix(Method):
             tensor = tensor.flatten(0, -4)[0] if tensor.dim() > 3 else tensor[:1]
             if tensor.shape[-2] < self.length:
                 raise PeftlibError(
-                    f"init= gives {tensor.shape[-2]} keys at {site.name!r}, and a prefix of length {self.length} needs as many. "
-                    "Pass at least that many tokens."
+                    f"init= gives {tensor.shape[-2]} keys at {site.name!r}, and a prefix of length {self.length} needs "
+                    "as many. Pass at least that many tokens."
                 )
             # A model that repeats its heads for each group of queries shows every one several times.
             found.append(tensor[:: tensor.shape[0] // heads, : self.length].transpose(0, 1))
@@ -262,8 +262,8 @@ class PrefixTuning(DeepPrefix):
         length: P.
         hidden: M, width of the MLP (512 in the paper); ``None`` trains the keys and values themselves.
         dropout: on the prefix's keys and values, in training.
-        init: start at the real keys and values that P token ids (a list) or the inputs of one forward (a tensor, tuple or
-            dict) produce: the paper's low-data start. ``None``: random.
+        init: start at the real keys and values that P token ids (a list) or the inputs of one forward (a tensor, tuple
+            or dict) produce: the paper's low-data start. ``None``: random.
 
     Needs ``example=``. Where widths differ between sites, D is ``hidden``.
 
@@ -304,12 +304,12 @@ def _no_attention(probe: Probe | None) -> str:
     foreign = sorted(probe.record.foreign) if probe is not None else []
     if foreign:
         return (
-            f"{', '.join(map(repr, foreign[:3]))} calls F.multi_head_attention_forward itself, whose inside cannot be reached. "
-            "Use nn.MultiheadAttention, or call F.scaled_dot_product_attention"
+            f"{', '.join(map(repr, foreign[:3]))} calls F.multi_head_attention_forward itself, whose inside cannot be "
+            "reached. Use nn.MultiheadAttention, or call F.scaled_dot_product_attention"
         )
     return (
-        "the example shows no call of F.scaled_dot_product_attention in it. A hand-written softmax(q @ k.T) @ v cannot be "
-        "seen: call F.scaled_dot_product_attention instead (in transformers: attn_implementation='sdpa')"
+        "the example shows no call of F.scaled_dot_product_attention in it. A hand-written softmax(q @ k.T) @ v cannot "
+        "be seen: call F.scaled_dot_product_attention instead (in transformers: attn_implementation='sdpa')"
     )
 
 
