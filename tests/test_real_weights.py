@@ -66,7 +66,7 @@ METHODS = {
     "dora": (LoRA(rank=4, use_dora=True), 5e-3),
     "adapter": (Adapter(dim=16), 5e-3),
     "parallel": (Adapter(dim=16, placement="parallel"), 5e-3),
-    "prefix": (PrefixTuning(length=4, hidden=64), 1e-3),
+    "prefix": (PrefixTuning(length=4, hidden=64), 2e-4),
     "ptuning_v2": (PTuningV2(length=4), 2e-2),
     "prompt": (PromptTuning(length=4), 5e-2),
     "ptuning_v1": (PTuningV1(length=4, encoder="mlp"), 5e-3),
