@@ -57,7 +57,8 @@ class Attention:
     """Geometry of the SDPA calls made by one module, which is an attention site.
 
     Attributes:
-        heads: key/value heads of the call (the smallest seen).
+        heads: key/value heads of the call (the smallest seen), each counted once where a model repeats it for its
+            group of queries.
         key_size, value_size: features per head.
         width: query heads times features per head.
         calls: SDPA calls in the example.
@@ -220,7 +221,7 @@ def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.
                     try:
                         if not _holds_module(value):
                             copy.deepcopy(value, trial)
-                    except Exception:
+                    except Exception:  # noqa: BLE001 (whatever its __deepcopy__ raises)
                         keep.append(value)
                         memo[id(value)] = value
     try:
@@ -270,7 +271,7 @@ def _observe(
     handles = []
 
     def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stack.append(name)
             trace = record.traces.setdefault(name, Trace())
             trace.calls += 1
@@ -284,7 +285,7 @@ def _observe(
         return hook
 
     def after(name: str, leaf: bool, linear: bool) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def hook(_: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             if stack and stack[-1] == name:
                 stack.pop()
             result = first_tensor(output)
@@ -362,12 +363,31 @@ def _named(
             yield from _named(child, f"{prefix}.{key}" if prefix else key, seen)
 
 
+_RESHAPES = (Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten)
+_REPEATS = (Tensor.repeat_interleave, torch.repeat_interleave)
+
+
+def _repeats(source: Any, result: Any) -> int:
+    """How often in a row ``result`` (..., H, S, E) holds each head of ``source``."""
+    if not isinstance(source, Tensor) or not isinstance(result, Tensor) or result.dim() < 4:
+        return 1
+    rows = result.shape[:-2].numel()
+    if source.shape[:-3] == result.shape[:-3] and source.shape[-2:] == result.shape[-2:]:
+        return result.shape[-3] // source.shape[-3]
+    for axis, (size, stride) in enumerate(zip(source.shape, source.stride(), strict=True)):
+        if stride == 0 and size > 1 and source.shape[:axis].numel() * size == rows:
+            return size
+    return 1
+
+
 class _Watch(TorchFunctionMode):
-    """Note which module makes each SDPA call."""
+    """Note which module makes each SDPA call, and how many heads its keys had before they were repeated."""
 
     def __init__(self, stack: list[str], record: Record):
         self._stack = stack
         self._record = record
+        self._repeated: dict[Any, tuple[int, Tensor]] = {}
+        """Storage of a tensor of repeated heads -> how often, and the tensor, so that the storage is not used again."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -377,11 +397,22 @@ class _Watch(TorchFunctionMode):
             )
         elif func is F.multi_head_attention_forward and self._stack:
             self._record.foreign.add(self._stack[-1])
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _RESHAPES or func in _REPEATS:
+            times = _repeats(args[0] if args else kwargs.get("input"), result)
+            if times > 1:
+                self._repeated[_storage(result)] = (times, result)
+        return result
+
+    def _heads(self, tensor: Tensor) -> int:
+        """The heads that differ in a call's key or value."""
+        if tensor.dim() < 4 or tensor.stride(-3) == 0:
+            return 1
+        return tensor.shape[-3] // self._repeated.get(_storage(tensor), (1,))[0]
 
     def _note(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         name = self._stack[-1] if self._stack else ""
-        heads = key.shape[-3] if key.dim() >= 4 else 1
+        heads = max(self._heads(key), self._heads(value))
         query_heads = query.shape[-3] if query.dim() >= 4 else 1
         if self._record.values is not None:
             self._record.values.setdefault(name, (key, value))

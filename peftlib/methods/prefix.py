@@ -191,8 +191,10 @@ class DeepPrefix(Method):
         values = probe.activations(tree.model, _inputs(self.init, self.length, probe)) if started else {}
         for site in sites:
             seen = probe.record.attention[site.name]
+            # Models may repeat their heads for some calls only (with a mask, say), so the fewest seen are its own.
+            real = [t.shape[-3] if t.dim() > 3 else 1 for t in values.get(site.name, ())]
             facts: dict[str, Any] = {
-                "heads": seen.heads,
+                "heads": min([seen.heads, *real]),
                 "key_size": seen.key_size,
                 "value_size": seen.value_size,
                 "width": seen.width,
@@ -200,7 +202,7 @@ class DeepPrefix(Method):
             start = None
             if started:
                 facts["started"] = True
-                start = self._rows(site, values, seen.heads)
+                start = self._rows(site, values, facts["heads"])
             surveyed.append(replace(site, facts=facts, start=start))
         return surveyed
 
