@@ -10,29 +10,23 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from peftlib.attach import Plan, build_parts, check_name, install
-from peftlib.errors import CheckpointError, PeftlibError
-from peftlib.methods.base import METHODS, Method, Site
+from peftlib.container import read, write
+from peftlib.errors import CheckpointError
+from peftlib.methods.base import METHODS, Method, Site, placement, without_values
 from peftlib.targets import Tree
 from peftlib.tuning import Part, Tuning, check_state
-
-FORMAT = "peftlib"
-VERSION = 1
 
 
 def save(tuning: Tuning, path: str | os.PathLike[str]) -> None:
     """Write a tuning to ``path``; see :meth:`peftlib.Tuning.save`."""
-    state = {k: t.contiguous() for k, t in tuning.state_dict().items()}
+    state = tuning.state_dict()
     empty = [k for k, t in state.items() if t.is_meta]
     if empty:
         raise CheckpointError(
@@ -51,8 +45,7 @@ def save(tuning: Tuning, path: str | os.PathLike[str]) -> None:
         "base": fingerprint(tuning.model),
         "torch": torch.__version__,
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "tuning": json.dumps(about)}
-    write_atomically(Path(path), safetensors.torch.save({k: t.clone() for k, t in state.items()}, metadata))
+    write(path, state, about)
 
 
 def load(
@@ -83,66 +76,60 @@ def load(
         Tuning('chat', 1 sites, 16 parameters, enabled)
     """
     about, state = read(path)
+    _check_description(about, path)
     name = about["name"] if name is None else name
     check_name(model, name)
     tree = Tree(model)
     here = fingerprint(model)
     if here["shapes"] != about["base"].get("shapes"):
+        there = {k: about["base"].get(k) for k in ("class", "parameters")}
         raise CheckpointError(
-            f"{os.fspath(path)!r} was made for another base: {about['base'].get('class')} with "
-            f"{about['base'].get('parameters', 0):,} parameters; this is {here['class']} with {here['parameters']:,}. "
-            "Load it into a model with the same parameter names and shapes."
+            f"{os.fspath(path)!r} was made for another base: {there['class']} with {there['parameters']} parameters; "
+            f"this is {here['class']} with {here['parameters']}. Load it into a model with the same parameter names and shapes."
         )
     try:
         plan = [(_decode(p["method"], p["config"]), list(_sites(tree, p["sites"]))) for p in about["plan"]]
         _check(plan)
-        parts = build_parts(tree, plan, name)
+        with without_values():
+            parts = build_parts(tree, plan, name)
     except CheckpointError:
         raise
-    except (PeftlibError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"The plan in {os.fspath(path)!r} does not fit this model: {error}") from error
     own = {f"{part.prefix}.{key}": t for part in parts for key, t in part.delta.tensors()}
     check_state(own, state, f"the model it is loaded into ({os.fspath(path)!r})")
-    if any(t.is_meta for t in own.values()):
-        raise CheckpointError(
-            "The model is on the meta device, where values cannot be loaded. Materialise it first."
-        )
+    for part in parts:
+        _give_values(part, tree.model, state)
     tuning = install(model, tree, parts, name=name, freeze=True)
-    tuning.load_state_dict(state)
+    for part in tuning.parts:
+        _copy_into_base(part, state)
     if not trainable:
         for parameter in tuning.parameters():
             parameter.requires_grad_(False)
     return tuning
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The metadata and tensors of a tuning file, on the CPU."""
-    shown = repr(os.fspath(path))
-    try:
-        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{shown} is a safetensors file, but not of a peftlib tuning.")
-            if metadata.get("version") != str(VERSION):
-                raise CheckpointError(
-                    f"{shown} has format version {metadata.get('version')}; this peftlib reads version {VERSION}. "
-                    "Update peftlib."
-                )
-            about = json.loads(metadata["tuning"])
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"There is no file {shown}.") from error
-    except (
-        OSError,
-        safetensors.SafetensorError,
-        json.JSONDecodeError,
-        KeyError,
-        UnicodeDecodeError,
-    ) as error:
-        raise CheckpointError(f"{shown} is not a readable tuning file: {error}") from error
-    if not isinstance(about, dict) or not all(k in about for k in ("name", "plan", "base")):
-        raise CheckpointError(f"{shown} lacks the description of its tuning.")
-    return about, state
+@torch.no_grad()
+def _give_values(part: Part, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Turn the empty tensors of a delta into the file's, where the host is; no copy if they are there already."""
+    empty = {key: t for key, t in part.delta.tensors() if t.is_meta}
+    if not empty:
+        return
+    where = placement(Site(part.name, part.host, part.parameter, model))["device"]
+    # A base on meta has no values yet; a tuning's are kept on the CPU until it does.
+    where = torch.device("cpu") if where.type == "meta" else where
+    values = {key: state[f"{part.prefix}.{key}"].to(where, t.dtype) for key, t in empty.items()}
+    part.delta.load_state_dict(values, assign=True, strict=False)
+    part.delta.derive()
+
+
+@torch.no_grad()
+def _copy_into_base(part: Part, state: Mapping[str, Tensor]) -> None:
+    """The values of a delta that trains the base's own tensors."""
+    for key, tensor in part.delta.tensors():
+        value = state[f"{part.prefix}.{key}"]
+        if part.delta.passive and tensor.data_ptr() != value.data_ptr():
+            tensor.copy_(value)
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -153,40 +140,6 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "parameters": sum(p.numel() for _, _, _, p in Tree(model).parameters()),
         "shapes": hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest(),
     }
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that at every moment either the old or the new content is whole on disk."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise CheckpointError(f"Cannot write to {str(path.parent)!r}: {error}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"Cannot write {str(path)!r}: {error}. The old file, if any, is untouched."
-            ) from error
-        raise
-    if hasattr(os, "O_DIRECTORY"):
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _grouped(parts: list[Part]) -> Iterator[tuple[Method, list[Part]]]:
@@ -223,6 +176,15 @@ def _decode(kind: str, config: Mapping[str, Any]) -> Method:
 def _sites(tree: Tree, sites: Mapping[str, Mapping[str, Any]]) -> Iterator[Site]:
     for name, facts in sites.items():
         yield dataclasses.replace(tree.site(name), facts=dict(facts))
+
+
+def _check_description(about: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    kinds = {"name": str, "plan": list, "base": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]
+    if wrong:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} does not describe a tuning: its {', '.join(wrong)} is missing or of another kind."
+        )
 
 
 def _check(plan: Plan) -> None:

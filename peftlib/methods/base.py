@@ -8,6 +8,8 @@ Left out on purpose: anything about names, files or several tunings. That is ``a
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
@@ -27,6 +29,8 @@ CHILD = "_peft"
 """Name of an open host's child that holds its deltas."""
 
 _PLAIN = frozenset((bool, int, float, str, tuple))
+
+_WITHOUT_VALUES: contextvars.ContextVar[bool] = contextvars.ContextVar("without_values", default=False)
 
 METHODS: dict[str, type[Method]] = {}
 """Every method by class name; files name methods by it."""
@@ -87,6 +91,9 @@ class Delta(nn.Module):
         """The tensors a file holds, by name."""
         yield from self.named_parameters()
         yield from self.named_buffers()
+
+    def derive(self) -> None:
+        """Compute what is neither trained nor saved, once the tensors have come from a file."""
 
     def switch(self, on: bool) -> None:
         """Called when the tuning is enabled or disabled, before the host's chain changes."""
@@ -264,6 +271,16 @@ def map_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     )
 
 
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Build deltas on the meta device: their shapes can be checked before a byte is allocated for them."""
+    token = _WITHOUT_VALUES.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_VALUES.reset(token)
+
+
 def placement(site: Site, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """``{"device": ..., "dtype": ...}`` for the new parameters of a site: those of its host.
 
@@ -283,6 +300,8 @@ def placement(site: Site, dtype: torch.dtype | None = None) -> dict[str, Any]:
             "a tuning follows its host. Move the module to one device first."
         )
     device = devices.pop() if devices else torch.get_default_device()
+    if _WITHOUT_VALUES.get():
+        device = torch.device("meta")
     if dtype is None:
         floats = [
             t.dtype

@@ -32,15 +32,20 @@ class Magnitude(nn.Module):
         super().__init__()
         self._host = (host,)
         self.groups = host.groups if isinstance(host, CONVOLUTIONS) else 1
-        weight = self._weight_OF()
-        squared = None
-        if low_rank.a.device.type != "meta":
-            squared = _squares(weight) if weight is not None else self._opaque_squares(low_rank.a)
-        if weight is None:
-            # Not part of any file: it belongs to the base.
-            self.register_buffer("base_squares", squared, persistent=False)
-        start = torch.empty(low_rank.b.shape[0], **where) if squared is None else squared.sqrt().to(**where)
-        self.m = nn.Parameter(start.clone())
+        self.m = nn.Parameter(torch.empty(low_rank.b.shape[0], **where))
+        # Of an opaque base only. Not part of any file: it belongs to the base.
+        self.register_buffer("base_squares", None, persistent=False)
+        if self.m.device.type != "meta":
+            self.derive(low_rank.a)
+            weight = self._weight_OF()
+            squares = self.base_squares if weight is None else _squares(weight)
+            with torch.no_grad():
+                self.m.copy_(squares.sqrt())
+
+    def derive(self, a: Tensor) -> None:
+        """Read the row norms of an opaque base; ``a`` gives device and dtype."""
+        if self._weight_OF() is None:
+            self.base_squares = self._opaque_squares(a)
 
     def forward(self, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
         """``(m / norm, bias)``, both shaped to broadcast over the host's output."""

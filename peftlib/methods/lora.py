@@ -62,6 +62,10 @@ class LowRank(Delta):
                 nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5))
         nn.init.zeros_(self.b)
 
+    def derive(self) -> None:
+        if self.magnitude is not None:
+            self.magnitude.derive(self.a)
+
     def extra_repr(self) -> str:
         return f"a={tuple(self.a.shape)}, b={tuple(self.b.shape)}, scaling={self.scaling:g}"
 

@@ -34,14 +34,19 @@ class Rows(Delta):
         super().__init__()
         self._host = (host,)
         self.rows = nn.Parameter(torch.empty(len(ids), host.embedding_dim, **where))
-        # Neither is part of a file: the ids are the method's. V integers, to find a row without a search.
-        self.register_buffer("ids", torch.tensor(ids, device=self.rows.device), persistent=False)
-        which = torch.full((host.num_embeddings,), -1, device=self.rows.device)
+        self.chosen = tuple(ids)
+        self.derive()
         if self.rows.device.type != "meta":
-            which[self.ids] = torch.arange(len(ids), device=self.rows.device)
             with torch.no_grad():
                 self.rows.copy_(host.weight[self.ids])
-        self.register_buffer("which", which, persistent=False)
+
+    def derive(self) -> None:
+        # Neither is part of a file: the ids are the method's. V integers, to find a row without a search.
+        ids = torch.tensor(self.chosen)
+        which = torch.full((self._host[0].num_embeddings,), -1)
+        which[ids] = torch.arange(len(ids))
+        self.register_buffer("ids", ids.to(self.rows.device), persistent=False)
+        self.register_buffer("which", which.to(self.rows.device), persistent=False)
 
     def tensors(self) -> Any:
         yield "rows", self.rows
