@@ -85,7 +85,8 @@ def load(
         there = {k: about["base"].get(k) for k in ("class", "parameters")}
         raise CheckpointError(
             f"{os.fspath(path)!r} was made for another base: {there['class']} with {there['parameters']} parameters; "
-            f"this is {here['class']} with {here['parameters']}. Load it into a model with the same parameter names and shapes."
+            f"this is {here['class']} with {here['parameters']}. Load it into a model with the same parameter names "
+            "and shapes."
         )
     try:
         plan = [(_decode(p["method"], p["config"]), list(_sites(tree, p["sites"]))) for p in about["plan"]]
