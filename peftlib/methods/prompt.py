@@ -35,8 +35,8 @@ class PromptTuning(SoftPrompt):
     Needs ``example=``.
 
     Raises:
-        PeftlibError: a field out of range, token ids of another number, an unknown sequence-shaped argument, a model that
-            does not take P more positions, or an embedding that runs outside the model's forward.
+        PeftlibError: a field out of range, token ids of another number, an unknown sequence-shaped argument, a model
+            that does not take P more positions, or an embedding that runs outside the model's forward.
 
     Default sites: the root.
 
@@ -63,8 +63,8 @@ class PromptTuning(SoftPrompt):
                 )
         elif len(_ids(self.init)) != self.length:
             raise PeftlibError(
-                f"PromptTuning(length={self.length}, init=...) was given {len(_ids(self.init))} token ids; give as many as the "
-                "prompt is long."
+                f"PromptTuning(length={self.length}, init=...) was given {len(_ids(self.init))} token ids; give as "
+                "many as the prompt is long."
             )
 
     def prompt(self, width: int, table: nn.Module | None, **where: Any) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +39,7 @@ class PromptEncoder(nn.Module):
             hidden = method.hidden if method.hidden is not None else width
             sizes = [width, hidden, hidden, width]
         layers: list[nn.Module] = []
-        for into, out in zip(sizes, sizes[1:], strict=False):
+        for into, out in itertools.pairwise(sizes):
             layers += [nn.Linear(into, out, **where), nn.ReLU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self._cache = FrozenCache()
@@ -57,9 +58,9 @@ class PromptEncoder(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class PTuningV1(SoftPrompt):
-    r"""P-Tuning: P virtual tokens ``h_i = MLP([LSTM(e_0..i); LSTM(e_i..P)])`` in the input, from a trained table e (P, D).
+    r"""P-Tuning: P virtual tokens ``h_i = MLP([LSTM(e_0..i); LSTM(e_i..P)])`` in the input; e is a trained (P, D) table.
 
-    With ``placeholder_id`` the k-th occurrence of that id in a sequence becomes h_k, anywhere in the user's own template;
+    With ``placeholder_id`` the k-th occurrence of that id in a sequence becomes h_k, anywhere in the user's template;
     without, the P tokens come in front as in :class:`PromptTuning` (masks, positions, labels and outputs included).
     While gradients are off the rows are computed once, not once per call. ``tuning.fold()`` drops the encoder.
 
@@ -70,7 +71,8 @@ class PTuningV1(SoftPrompt):
     Args:
         length: P.
         encoder: ``"lstm"`` (the paper's) or ``"mlp"``.
-        hidden: h; ``None`` takes D / 2 for the LSTM, so that both directions together have the width D, and D for the MLP.
+        hidden: h; ``None`` takes D / 2 for the LSTM, so that both directions together have the width D, and D for the
+            MLP.
         dropout: between the LSTM's layers, in training.
         placeholder_id: the id that marks the prompt's places; it may lie outside the vocabulary. ``None``: prepend.
         init: start of the table: ``"normal"``, ``"vocab"`` or P token ids, as in :class:`PromptTuning`.

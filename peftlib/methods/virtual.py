@@ -10,7 +10,8 @@ Shape legend: P prompt length, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ from torch import Tensor, nn
 
 from peftlib.errors import PeftlibError
 from peftlib.methods.base import Delta, first_argument
-from peftlib.methods.sequence import Layout, argument_names, back, by_name, lengthen, shorten
+from peftlib.methods.calls import argument_names, back, by_name
+from peftlib.methods.outputs import shorten
+from peftlib.methods.sequence import Layout, Shape, lengthen
+
+_LAST = 1 << 30
+"""Added to a delta's place in its host's order to make it the last."""
 
 
 class Table(nn.Module):
@@ -32,47 +38,113 @@ class Table(nn.Module):
         return self.rows
 
 
+@dataclass
+class Entry:
+    """Where sequences come in: a module's argument names, what they are, and the lookups that follow.
+
+    Attributes:
+        layout: what the arguments are.
+        names: the forward's positional parameters.
+        calls: which of the embedding's lookups during one forward are of the sequence.
+        at: the axis of positions in their ids, from the last.
+    """
+
+    layout: Layout
+    names: list[str]
+    calls: list[int]
+    at: int
+
+    @classmethod
+    def of(cls, host: nn.Module, facts: Mapping[str, Any]) -> Entry:
+        names = argument_names(type(host).forward)
+        return cls(Layout(**facts["layout"]), names, list(facts.get("calls", ())), facts.get("at", -1))
+
+
+@dataclass
+class Room:
+    """The room that the forward which is running made for the prompt.
+
+    Attributes:
+        entry: where.
+        length: P + T of the ids that the embedding will see; 0 if it need not write.
+        shift: positions that prompts further in have put before this one.
+        seen: lookups so far.
+        written: lookups that got the rows.
+    """
+
+    entry: Entry
+    length: int
+    shift: int = 0
+    seen: int = 0
+    written: int = 0
+
+
 class Prepend(Delta):
     """At the module that takes the sequence: P more positions in front, taken off the outputs again."""
 
-    def __init__(self, prompt: nn.Module, length: int, host: nn.Module, facts: Mapping[str, Any]):
+    def __init__(
+        self,
+        prompt: nn.Module,
+        length: int,
+        host: nn.Module,
+        table: nn.Module | None,
+        facts: Mapping[str, Any],
+    ):
         super().__init__()
         self.prompt, self.length = prompt, length
-        self.layout = Layout(**facts["layout"])
-        self.names = argument_names(type(host).forward)
-        self.placeholder, self.calls = facts.get("placeholder", 0), tuple(facts.get("calls", ()))
-        self.pending: int | None = None
-        """Length of the lengthened ids that the embedding will see; 0: none this time; ``None``: not in a forward."""
-        self.seen = self.written = 0
+        self.entry, self.placeholder = Entry.of(host, facts), facts.get("placeholder", 0)
+        self.room: Room | None = None
+        # In a tuple, for the embedding is no part of the delta.
+        self._table = () if table is None else (table,)
 
     def extra_repr(self) -> str:
-        return f"length={self.length}, at {self.layout.main!r}"
+        return f"length={self.length}, at {self.entry.layout.main!r}"
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = by_name(self.names, args, kwargs)
-        changed, length, batch = lengthen(
-            self.layout, call, self.length, placeholder=self.placeholder, rows=self._rows
-        )
-        args, kwargs = back(self.names, args, kwargs, changed)
-        self.pending = length if self.layout.kind == "ids" and self.layout.main in changed else 0
-        self.seen = self.written = 0
+        output, shape = self.run(self.entry, base, args, kwargs)
+        return shorten(self.entry.layout, output, self.length, shape) if shape else output
+
+    def run(
+        self, entry: Entry, base: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Shape]:
+        """The output of the longer call as it is, and the shape of its positions (empty: nothing came in front)."""
+        layout = entry.layout
+        call = by_name(entry.names, args, kwargs)
+        longer = lengthen(layout, call, self.length, placeholder=self.placeholder, rows=self._rows)
+        args, kwargs = back(entry.names, args, kwargs, longer.changed)
+        looked_up = longer.shape and layout.kind == "ids" and layout.main in longer.changed
+        enclosing = [room for room in self._rooms_of_others() if longer.shape]
+        outer, room = self.room, Room(entry, longer.shape[layout.axis] if looked_up else 0)
+        self.room = room
+        for other in enclosing:
+            other.shift += self.length
         try:
             output = base(*args, **kwargs)
-            missed = self.pending and not self.written
         finally:
-            self.pending = None
-        if missed:
+            self.room = outer
+            for other in enclosing:
+                other.shift -= self.length
+        if room.length and not room.written:
             raise PeftlibError(
                 "The model ran without looking up its ids in the embedding that holds the prompt, so the prompt would "
                 "silently be lost. Attach with an example that shows this way of calling it."
             )
-        return shorten(self.layout, output, self.length, length, batch) if length else output
+        return output, longer.shape
+
+    def _rooms_of_others(self) -> Iterator[Room]:
+        """Prompts of other tunings whose forward is running around this one."""
+        for table in self._table:
+            for delta in table.__dict__["_peft_active"]:
+                if (
+                    isinstance(delta, Overwrite)
+                    and delta.anchor is not self
+                    and delta.anchor.room is not None
+                ):
+                    yield delta.anchor.room
 
     def _rows(self, embeds: Tensor) -> Tensor:
-        rows_PD = self.prompt().to(embeds.dtype)
-        if self.layout.kind == "embeds" and self.layout.axis == 0:
-            return rows_PD.unsqueeze(1).expand(-1, embeds.shape[1], -1)
-        return rows_PD.expand(*embeds.shape[:-2], -1, -1)
+        axis = self.entry.layout.axis
+        return _spread(self.prompt(), embeds, axis if axis >= 0 else axis - 1)
 
     def merged(self) -> Any:
         raise PeftlibError(
@@ -83,35 +155,87 @@ class Prepend(Delta):
         return _fold(self)
 
 
-class Overwrite(Delta):
+class Relay(Delta):
+    """At a module that gets its ids from the one with the prompt, for when it is called by itself.
+
+    So generation with an encoder-decoder runs the encoder once. Its output stays P positions longer, and the model,
+    given that output in place of ids, lengthens the masks over it.
+    """
+
+    def __init__(self, anchor: Prepend, host: nn.Module, facts: Mapping[str, Any]):
+        super().__init__()
+        self._anchor = (anchor,)
+        self.entry = Entry.of(host, facts)
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        anchor = self._anchor[0]
+        if anchor.room is not None:
+            return base(*args, **kwargs)
+        return anchor.run(self.entry, base, args, kwargs)[0]
+
+    def merged(self) -> Any:
+        return []  # the prompt itself refuses
+
+
+class AtEmbedding(Delta):
+    """Runs after whatever else is at the embedding, so that the rows come out as trained."""
+
+    @property
+    def order(self) -> int:
+        return _LAST + self.__dict__["_order"]
+
+    @order.setter
+    def order(self, value: int) -> None:
+        self.__dict__["_order"] = value
+
+
+class Overwrite(AtEmbedding):
     """At the embedding: the trained rows in the placeholder positions of the lengthened ids."""
 
     def __init__(self, anchor: Prepend):
         super().__init__()
         self._anchor = (anchor,)
 
+    @property
+    def anchor(self) -> Prepend:
+        return self._anchor[0]
+
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        anchor = self._anchor[0]
+        room, length = self.anchor.room, self.anchor.length
         ids = first_argument(args, kwargs)
         out = base(*args, **kwargs)
-        if anchor.pending is None:
+        if room is None:
             raise PeftlibError(
-                "The embedding ran while the module that holds the prompt was not running (an encoder called directly, or "
+                "The embedding ran while the module that holds the prompt was not running (a part called directly, or "
                 "recomputed in a checkpoint), so the prompt would silently be lost. Call the model that the prompt is "
-                "attached to, or put the prompt on the part that is called: attach(model, {'encoder': PromptTuning(...)})."
+                "attached to, or put the prompt on the part that is called: "
+                "attach(model, {'encoder': PromptTuning(...)}). For the embedding's own values, disable the tuning."
             )
-        index, anchor.seen = anchor.seen, anchor.seen + 1
-        if not anchor.pending or index not in anchor.calls or ids.shape[-1] != anchor.pending:
+        index, room.seen = room.seen, room.seen + 1
+        at = room.entry.at
+        if not room.length or index not in room.entry.calls or ids.dim() < -at:
             return out
-        anchor.written += 1
-        rows_PD = anchor.prompt().to(out.dtype)
-        return torch.cat([rows_PD.expand(*out.shape[:-2], -1, -1), out[..., anchor.length :, :]], -2)
+        if ids.shape[at] != room.length + room.shift:
+            return out
+        room.written += 1
+        axis, end = at - 1, room.shift + length
+        rows = _spread(self.anchor.prompt(), out, axis)
+        rest = out.narrow(axis, end, out.shape[axis] - end)
+        return torch.cat([out.narrow(axis, 0, room.shift), rows, rest], axis)
 
     def merged(self) -> Any:
         return []  # the prompt itself refuses
 
 
-class Placeholder(Delta):
+def _spread(rows_PD: Tensor, like: Tensor, axis: int) -> Tensor:
+    """The rows along one axis of vectors shaped like others."""
+    axis %= like.dim()
+    sizes = [rows_PD.shape[0] if i == axis else n for i, n in enumerate(like.shape)]
+    view = [n if i in (axis, like.dim() - 1) else 1 for i, n in enumerate(sizes)]
+    return rows_PD.to(like.dtype).reshape(view).expand(sizes)
+
+
+class Placeholder(AtEmbedding):
     """At the embedding: the k-th occurrence of the placeholder id in a sequence takes the k-th trained row."""
 
     def __init__(self, prompt: nn.Module, length: int, placeholder_id: int):
@@ -129,8 +253,9 @@ class Placeholder(Delta):
             wrong = (counts != 0) & (counts != self.length)
             if wrong.any():
                 raise PeftlibError(
-                    f"A sequence holds the placeholder id {self.placeholder_id} {int(counts[wrong][0])} times; the prompt has "
-                    f"{self.length} rows. Write it exactly {self.length} times into each template (or not at all)."
+                    f"A sequence holds the placeholder id {self.placeholder_id} {int(counts[wrong][0])} times; the "
+                    f"prompt has {self.length} rows. Write it exactly {self.length} times into each template (or not "
+                    "at all)."
                 )
         # The placeholder may be an id that the table does not have.
         safe = ids.masked_fill(there, 0)

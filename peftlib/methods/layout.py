@@ -1,0 +1,352 @@
+"""Learning from an example how a module takes sequences: which argument, along which axis, what grows with it.
+
+Two fake forwards, one of them P positions longer, tell most of it: the outputs that grew, the embedding that saw more
+ids, and whether attention, recurrence or convolution ran over more positions (if only the batch grew, the sequence
+comes first).
+
+Left out on purpose: what to do with it (``sequence``, ``outputs``, ``virtual``).
+
+Shape legend: B batch, P prompt length, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from peftlib.attention import attention_with_weights
+from peftlib.errors import PeftlibError, ProbeError, TargetError
+from peftlib.methods.base import Site, first_tensor
+from peftlib.methods.calls import argument_names, back, by_name
+from peftlib.methods.outputs import learn_outputs
+from peftlib.methods.sequence import DECODER, Layout, Longer, lengthen
+
+if TYPE_CHECKING:
+    from peftlib.probe import Probe, Record
+    from peftlib.targets import Tree
+
+_OTHERS = ("mask", "type", "label", "pos", "target", "segment", *DECODER)
+"""In names of integer arguments that may be looked up somewhere but are not the tokens."""
+_LABELS = ("labels", "targets", "label", "target")
+
+_ATTENTION = (F.scaled_dot_product_attention, attention_with_weights)
+_SOFTMAX = (torch.softmax, Tensor.softmax)
+_LOSSES = (F.cross_entropy, F.nll_loss)
+
+
+def learn(
+    site: Site, table: str | None, length: int, given: Mapping[str, str], tree: Tree, probe: Probe
+) -> dict[str, Any]:
+    """What a prompt of a length has to know of its site; JSON-able.
+
+    Args:
+        site: the module that takes the sequence.
+        table: name of the embedding that looks the ids up, or ``None`` to find it.
+        length: P.
+        given: kinds of arguments that the user named.
+        tree: the model.
+        probe: its example.
+
+    Raises:
+        TargetError: there is no sequence, or its positions cannot be followed to the embedding or the outputs.
+        ProbeError: the module does not take P positions more.
+    """
+    example = _Example(site, tree, probe)
+    main, table = example.sequence(table)
+    value = example.call[main]
+    paired = not main.startswith(DECODER) and any(n.startswith(DECODER) for n in example.signature)
+    layout = Layout(main, "embeds" if table is None else "ids", paired=paired, given=dict(given))
+    # Only a named kind overrules what nn.MultiheadAttention means by True.
+    layout.hides = any(isinstance(m, nn.MultiheadAttention) for m in site.module.modules())
+    before = example.run()
+    layout.ignored = before.ignored
+    example.check_names(layout, before)
+    longer, after = example.lengthen(layout, length, before)
+    _note_squares(layout, example.call, longer, length)
+    facts: dict[str, Any] = {"width": value.shape[-1], "table": table}
+    if table is not None:
+        module: Any = tree.modules[table]
+        facts |= {"width": module.embedding_dim, "placeholder": _ordinary_id(module, tree.model)}
+        facts |= _lookups(table, before.record, after.record, longer.shape[layout.axis], main)
+    _check_positions(table, length, before.record, after.record, tree)
+    short = tuple(
+        n - length if i == layout.axis % len(longer.shape) else n for i, n in enumerate(longer.shape)
+    )
+    learn_outputs(layout, before.record.output, after.record.output, short, longer.shape)
+    example.try_labels(layout, length)
+    facts["layout"] = vars(layout)
+    if table is not None and paired:
+        facts["relays"] = _learn_relays(site, table, value, length, tree, probe)
+    return facts
+
+
+def _learn_relays(
+    site: Site, table: str, ids: Tensor, length: int, tree: Tree, probe: Probe
+) -> dict[str, dict[str, Any]]:
+    """The modules inside an encoder-decoder that get its ids, and may be called by themselves: the encoder."""
+    found = {}
+    for inner in tree.inside(site.name):
+        trace = probe.trace(inner)
+        if inner.name == site.name or trace is None or isinstance(inner.module, nn.Embedding):
+            continue
+        if any(
+            isinstance(v, Tensor) and _same_memory(v, ids) for v in (*trace.call[0], *trace.call[1].values())
+        ):
+            try:
+                facts = learn(inner, table, length, {}, tree, probe)
+            except PeftlibError:
+                # Called by itself, it will be refused at the embedding.
+                continue
+            found[inner.name] = {key: facts[key] for key in ("layout", "calls", "at")}
+    return found
+
+
+@dataclass
+class _Run:
+    """One forward of a site: the record, the sizes of sequence axes in it, the label that a loss ignored."""
+
+    record: Record
+    times: list[int]
+    ignored: int
+
+
+class _Example:
+    """A module's call in the example, and the means to repeat it."""
+
+    def __init__(self, site: Site, tree: Tree, probe: Probe):
+        trace = probe.trace(site)
+        assert trace is not None
+        self.site, self.tree, self.probe = site, tree, probe
+        self.names = argument_names(type(site.module).forward)
+        self.args, self.kwargs = trace.call
+        self.call = by_name(self.names, self.args, self.kwargs)
+        self.signature = set(self.names) | set(self.call)
+
+    @property
+    def title(self) -> str:
+        return type(self.site.module).__name__
+
+    def run(self, changed: Mapping[str, Any] | None = None, more: Mapping[str, Any] | None = None) -> _Run:
+        """The call once more, with some arguments changed and some added."""
+        args, kwargs = back(self.names, self.args, self.kwargs, changed or {})
+        with _Witness() as witness:
+            record = self.probe.run(args, {**kwargs, **(more or {})}, self.site.name)
+        return _Run(record, [*witness.times, *_module_times(record, self.tree)], witness.ignored)
+
+    def sequence(self, table: str | None) -> tuple[str, str | None]:
+        """The argument that carries the sequence, and the embedding that looks it up (``None``: vectors already)."""
+        whole = {n: v for n, v in self.call.items() if isinstance(v, Tensor) and not v.is_floating_point()}
+        inside = {id(m) for m in self.site.module.modules()}
+        tables = [n for n, m in self.tree.modules.items() if isinstance(m, nn.Embedding) and id(m) in inside]
+        tables = [n for n in ([table] if table else tables) if n in self.probe.record.traces]
+        declared = self._declared()
+
+        def preference(found: tuple[str, str]) -> tuple[bool, ...]:
+            # The declared embedding, then tokens before what goes with them, then the very tensor before one shaped
+            # like it; the first argument of equals.
+            main, name = found
+            other = any(word in main.lower() or word in name.rpartition(".")[2].lower() for word in _OTHERS)
+            return name != declared, other, not _same_memory(whole[main], self._looked_up(name))
+
+        found = [
+            (main, name)
+            for main, value in whole.items()
+            for name in tables
+            if _same_memory(value, self._looked_up(name))
+            or tuple(value.shape) == self.probe.record.traces[name].input
+        ]
+        if found:
+            return min(found, key=preference)
+        for name, v in self.call.items():
+            if isinstance(v, Tensor) and v.is_floating_point() and (self.site.name or v.dim() == 3):
+                if v.dim() != 3:
+                    raise TargetError(
+                        "A prompt goes before a sequence of vectors (B, T, D); "
+                        f"{self.site.name or 'the root'!r} takes {name!r} of shape {tuple(v.shape)}. Target the module "
+                        "that takes the sequence."
+                    )
+                return name, None
+        raise TargetError(
+            f"{self.title} shows no sequence that a prompt could go before: no ids that an nn.Embedding looks up, no "
+            "(B, T, D) tensor. Target the module that takes the sequence: "
+            "attach(model, {'encoder': PromptTuning(...)})."
+        )
+
+    def _looked_up(self, table: str) -> Tensor | None:
+        args, kwargs = self.probe.record.traces[table].call
+        return first_tensor([*args, *kwargs.values()])
+
+    def _declared(self) -> str | None:
+        declared = getattr(self.site.module, "get_input_embeddings", None)
+        try:
+            module = declared() if callable(declared) else None
+        except (NotImplementedError, AttributeError):
+            return None
+        return self.tree.name_of(module) if isinstance(module, nn.Module) else None
+
+    def check_names(self, layout: Layout, before: _Run) -> None:
+        """Refuse kinds given to what is neither an argument nor a part of the output."""
+        from peftlib.probe import named_tensors
+
+        outputs = {path.partition(".")[0] for path, _ in named_tensors(before.record.output)}
+        missing = set(layout.given) - self.signature - outputs
+        if missing:
+            raise PeftlibError(
+                f"sequence_args names {', '.join(map(repr, sorted(missing)))}, which {self.title}.forward does not "
+                f"have; it takes {', '.join(map(repr, self.names))}."
+            )
+
+    def lengthen(self, layout: Layout, length: int, before: _Run) -> tuple[Longer, _Run]:
+        """The call ``length`` positions longer, along the axis that turns out to be the sequence's."""
+        first_error: Exception | None = None
+        usual: tuple[Longer, _Run] | None = None
+        for layout.axis in (-1, 0):
+            try:
+                longer = lengthen(layout, self.call, length)
+                after = self.run(longer.changed)
+            except PeftlibError:
+                raise
+            except Exception as error:  # noqa: BLE001 (whatever the model raises; the first is raised below)
+                first_error = first_error or error
+                continue
+            if any(b - a == length for a, b in zip(before.times, after.times, strict=False)):
+                return longer, after
+            if layout.axis == -1:
+                usual = longer, after
+                if not before.times:
+                    break
+        layout.axis = -1
+        if usual is not None:
+            return usual
+        assert first_error is not None
+        lines = str(first_error).strip().splitlines()
+        raise ProbeError(
+            f"{self.title} does not take {length} more positions than the example has: "
+            f"{type(first_error).__name__}: {lines[0] if lines else ''} The prompt may be longer than the context; "
+            "if an argument was mistaken, name its kind with sequence_args={...}."
+        ) from first_error
+
+    def try_labels(self, layout: Layout, length: int) -> None:
+        """What the outputs are with labels, and which label the loss ignores, if the example has none."""
+        name = next((n for n in _LABELS if n in self.names), None)
+        if name is None or layout.kind != "ids" or layout.paired or self.call.get(name) is not None:
+            return
+        if name in self.names[: len(self.args)]:
+            return
+        labels = {name: torch.zeros_like(self.call[layout.main])}
+        try:
+            before = self.run(more=labels)
+            layout.ignored = before.ignored
+            longer = lengthen(layout, {**self.call, **labels}, length)
+            after = self.run(longer.changed, {name: longer.changed.get(name, labels[name])})
+        except Exception:  # noqa: BLE001 (labels of another shape, say; their first use will tell)
+            return
+        short = tuple(self.call[layout.main].shape)
+        learn_outputs(layout, before.record.output, after.record.output, short, longer.shape)
+
+
+class _Witness(TorchFunctionMode):
+    """Note how long the sequence is wherever attention sees it, and which label a loss ignores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[int] = []
+        self.ignored = -100
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _ATTENTION:
+            self.times.append((args[0] if args else kwargs["query"]).shape[-2])
+        elif func in _SOFTMAX:
+            scores = args[0] if args else kwargs["input"]
+            self.times.append(scores.shape[-1] if scores.dim() else 1)
+        elif func in _LOSSES:
+            self.ignored = kwargs.get("ignore_index", -100)
+        return func(*args, **kwargs)
+
+
+def _module_times(record: Record, tree: Tree) -> Iterator[int]:
+    """How long the sequence is in recurrent and convolutional modules."""
+    for name, trace in record.traces.items():
+        module, shape = tree.modules.get(name), trace.input
+        if shape is None or len(shape) < 2:
+            continue
+        if isinstance(module, nn.RNNBase):
+            yield shape[1] if module.batch_first and len(shape) == 3 else shape[0]
+        elif isinstance(module, nn.Conv1d):
+            yield shape[-1]
+
+
+def _same_memory(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _note_squares(layout: Layout, call: Mapping[str, Any], longer: Longer, length: int) -> None:
+    """Which masks are (T, T), where their shape leaves no doubt."""
+    axis = layout.axis % len(longer.shape)
+    shape = tuple(n - length if i == axis else n for i, n in enumerate(longer.shape))
+    for name, value in call.items():
+        if name in longer.changed and layout.kind_of(name, value, shape) in ("mask", "padding_mask"):
+            if (
+                value.dim() >= 2
+                and shape[axis] > 1
+                and (value.dim() > 2 or value.shape != shape or len(set(shape)) > 1)
+            ):
+                layout.square[name] = layout.is_square(name, value, "mask", shape)
+
+
+def _lookups(table: str, before: Record, after: Record, length: int, main: str) -> dict[str, Any]:
+    """Which lookups of the embedding are of the sequence, and their ids' axis of positions (from the last)."""
+    short, long = before.traces[table].inputs, after.traces[table].inputs
+    calls: list[int] = []
+    axes: set[int] = set()
+    for i, (a, b) in enumerate(zip(short, long, strict=False)):
+        if a != b and a is not None and b is not None:
+            calls.append(i)
+            axes |= {k - len(b) for k in range(len(b)) if len(a) == len(b) and a[k] != b[k] == length}
+    if not calls:
+        raise TargetError(f"The embedding {table!r} does not look up the argument {main!r}.")
+    if len(axes) != 1:
+        raise TargetError(
+            f"The embedding {table!r} sees ids of shape {long[calls[0]]} where the model takes {length} positions of "
+            f"{main!r}, so the prompt's rows have no certain place there. Look the ids up as they come, or target the "
+            "module that takes their vectors: attach(model, {'encoder': PromptTuning(...)})."
+        )
+    return {"calls": calls, "at": axes.pop()}
+
+
+def _check_positions(table: str | None, extra: int, before: Record, after: Record, tree: Tree) -> None:
+    """Refuse a prompt that a table of positions has no room for: fake ids do not show what is out of range."""
+    for name, trace in after.traces.items():
+        module = tree.modules.get(name)
+        if not isinstance(module, nn.Embedding) or name == table or name not in before.traces:
+            continue
+        leaf = name.rpartition(".")[2].lower()
+        for a, b in zip(before.traces[name].inputs, trace.inputs, strict=False):
+            if not a or not b or len(a) != len(b):
+                continue
+            grown = [n for n, m in zip(a, b, strict=True) if m == n + extra]
+            if len(grown) != 1 or not grown[0] <= module.num_embeddings < grown[0] + extra:
+                continue
+            alone = torch.Size(a).numel() == grown[0] and "type" not in leaf and "segment" not in leaf
+            if "pos" in leaf or alone:
+                raise ProbeError(
+                    f"The prompt is longer than the context: {name!r} has {module.num_embeddings} positions, the "
+                    f"example takes {grown[0]} of them, and the prompt {extra} more."
+                )
+
+
+def _ordinary_id(table: nn.Embedding, model: nn.Module) -> int:
+    """An id in the middle of the vocabulary that means nothing special to the model."""
+    special: set[Any] = {table.padding_idx}
+    for key, value in vars(getattr(model, "config", None) or object).items():
+        if key.endswith(("token_id", "token_index")):
+            special |= set(value) if isinstance(value, (list, tuple)) else {value}
+    start = table.num_embeddings // 2
+    return next((i for i in range(start, table.num_embeddings) if i not in special), 0)
