@@ -251,7 +251,7 @@ def contest(
                     "learning_rate": run.rate,
                     "trained": run.tuning.num_parameters,
                     "share": run.tuning.num_parameters / parameters,
-                    "file": str(file),
+                    "file": file.name,
                     "file_bytes": file.stat().st_size,
                     "peak_bytes": run.memory.peak_bytes,
                     "optimizer_bytes": run.memory.optimizer_bytes,

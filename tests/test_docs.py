@@ -81,3 +81,16 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert command == readme_commands()[1]
     for step in ("ruff check", "ruff format --check", "mypy", "pytest"):
         assert f"&& {step}" in command
+
+
+def test_the_savings_table_is_the_last_result() -> None:
+    # python -m benchmarks.savings --out benchmarks/results, and its savings.txt goes into the README as it is
+    assert (ROOT / "benchmarks" / "results" / "savings.txt").read_text(encoding="utf-8") in (
+        ROOT / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_inside_the_project_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]
