@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from peftlib.errors import CheckpointError, PeftlibError, StateError
 from peftlib.methods.base import Delta, Method
-from peftlib.methods.trained import hold_statistics, release_statistics
-from peftlib.site import check_closable, close_host, deltas, set_active
+from peftlib.methods.trained import Trained, hold_statistics, release_statistics
+from peftlib.site import check_closable, close_host, deltas, is_open, set_active
 
 TUNINGS = "_peft_tunings"
 FLAGS = "_peft_flags"
+MERGED = "_peft_merged"
+"""Attribute of a module with merged weights: parameter's own name -> name of the tuning that is in it."""
 
 
 @dataclass
@@ -149,8 +151,7 @@ class Tuning:
         """Let the tuning act."""
         self._check()
         if not self.enabled and not self.merged:
-            for part in self.parts:
-                part.delta.check_switch(True)
+            self._check_switch(True)
             self._switch(True)
         self.enabled = True
         return self
@@ -163,15 +164,32 @@ class Tuning:
                 f"The tuning {self.name!r} is merged into the weights; unmerge() it before disabling."
             )
         if self.enabled:
-            for part in self.parts:
-                part.delta.check_switch(False)
+            self._check_switch(False)
             self._switch(False)
         self.enabled = False
         return self
 
+    def _check_switch(self, on: bool) -> None:
+        """Raise if a part cannot be switched, before any is."""
+        for part in self.parts:
+            part.delta.check_switch(on)
+            merged = part.host.__dict__.get(MERGED)
+            if merged and part.delta.passive:
+                for name, _ in part.delta.trained():
+                    if merged.get(name, self.name) != self.name:
+                        raise StateError(
+                            f"The tuning {merged[name]!r} is merged into {part.name!r}, whose {name} {self.name!r} "
+                            f"trains. unmerge() {merged[name]!r} first."
+                        )
+
     def _switch(self, on: bool) -> None:
         for part in self.parts:
             part.delta.switch(on)
+        self._act(on)
+
+    def _act(self, on: bool) -> None:
+        """Put the deltas into their hosts' chains, or take them out."""
+        for part in self.parts:
             if not part.delta.passive:
                 set_active(part.host, part.delta, part.parameter, on)
 
@@ -206,12 +224,16 @@ class Tuning:
         if not self.enabled:
             raise StateError(f"The tuning {self.name!r} is disabled; enable() it before merging.")
         new: dict[tuple[int, str], tuple[nn.Module, str, Tensor]] = {}
+        users: dict[int, list[tuple[str, nn.Module]]] = {}
+        for name, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                users.setdefault(id(parameter), []).append((name, module))
         with torch.no_grad():
             for part in self.parts:
                 if part.delta.passive:
                     continue
                 for owner, name, rows, update in part.delta.merged():
-                    self._check_mergeable(part, owner, name)
+                    self._check_mergeable(part, owner, name, users)
                     entry = new.get((id(owner), name))
                     value = entry[2] if entry else owner._parameters[name].detach().clone()  # type: ignore[union-attr]
                     target = value if rows is None else value[rows]
@@ -222,31 +244,47 @@ class Tuning:
                             "unchanged; look for NaN in the tuning, or scale it down."
                         )
                     new[id(owner), name] = (owner, name, value)
-        self._switch(False)
+        self._act(False)
         for owner, name, value in new.values():
-            parameter = owner._parameters[name]
-            original = parameter.data  # type: ignore[union-attr]
-            parameter.data = value  # type: ignore[union-attr]
+            held = owner._parameters[name]
+            original = held.data  # type: ignore[union-attr]
+            held.data = value  # type: ignore[union-attr]
             self._kept.append((owner, name, original if keep is None else original.to(keep)))
+            owner.__dict__.setdefault(MERGED, {})[name] = self.name
         return self
 
-    def _check_mergeable(self, part: Part, owner: nn.Module, name: str) -> None:
-        weight = owner._parameters[name]
-        own = {id(p.host) for p in self.parts}
-        for other, module in self.model.named_modules(remove_duplicate=True):
-            if module is not owner and id(module) not in own and any(p is weight for p in module._parameters.values()):
+    def _check_mergeable(
+        self, part: Part, owner: nn.Module, name: str, users: Mapping[int, list[tuple[str, nn.Module]]]
+    ) -> None:
+        # A part that changes no weight of its own (logits tied to token rows) follows a merged one by itself.
+        followers = {id(p.host) for p in self.parts if not p.delta.passive and not p.delta.merged()}
+        for other, module in users[id(owner._parameters[name])]:
+            if module is not owner and id(module) not in followers:
                 raise PeftlibError(
                     f"The weight of {part.name!r} is shared with {other!r}, so merging would change that as well. "
                     "Untie them first, or keep the tuning attached."
                 )
-        active = owner.__dict__.get("_peft_active", ())
-        if any(
-            d is not part.delta for d in (*active, *owner.__dict__.get("_peft_weights", {}).get(name, ()))
-        ):
+        active = (
+            *owner.__dict__.get("_peft_active", ()),
+            *owner.__dict__.get("_peft_weights", {}).get(name, ()),
+        )
+        if any(d is not part.delta for d in active):
             raise StateError(
                 f"{part.name!r} carries another enabled delta, which a merge of {self.name!r} would reorder. "
                 "Disable the other tunings first."
             )
+        merged = owner.__dict__.get(MERGED, {})
+        if name in merged:
+            raise StateError(
+                f"{part.name!r} has {merged[name]!r} merged into it already; unmerge() that one first."
+            )
+        mine = {id(p.delta) for p in self.parts}
+        for delta in deltas(owner).children() if is_open(owner) else ():
+            if isinstance(delta, Trained) and delta.on and name in delta.names and id(delta) not in mine:
+                raise StateError(
+                    f"The weight of {part.name!r} is trained by another enabled tuning, which would lose its base if "
+                    f"{self.name!r} were merged into it. Disable that one first."
+                )
 
     def unmerge(self) -> Tuning:
         """Put the original weights back, bit for bit, and let the tuning act as before :meth:`merge`."""
@@ -255,8 +293,11 @@ class Tuning:
             for owner, name, original in self._kept:
                 parameter = owner._parameters[name]
                 parameter.data = original.to(parameter.device)  # type: ignore[union-attr]
+                del owner.__dict__[MERGED][name]
+                if not owner.__dict__[MERGED]:
+                    del owner.__dict__[MERGED]
             self._kept = []
-            self._switch(True)
+            self._act(True)
         return self
 
     def fold(self) -> Tuning:
@@ -280,8 +321,8 @@ class Tuning:
     def detach(self) -> None:
         """Remove the tuning; with the last one gone the model is what it was, bit for bit."""
         self._check()
+        self._check_switch(False)
         for part in self.parts:
-            part.delta.check_switch(False)
             for host in (part.host, *part.opened):
                 check_closable(host)
         if self.merged:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlib.errors import PeftlibError, StateError, TargetError
-from peftlib.methods.base import CHILD, Delta, Method, Site, placement
+from peftlib.methods.base import CHILD, Delta, Method, Site, placement, plain_class
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe
@@ -66,13 +66,21 @@ class Trained(Delta):
         names: its own parameters to train.
         statistics: its own buffers that training changes (batch-norm statistics).
         keep_base: keep the base values, at the cost of a second copy, so that disabling and detaching are exact.
+        sharing: other modules that own one of these parameters as well.
     """
 
     passive: ClassVar[bool] = True
 
-    def __init__(self, host: nn.Module, names: Sequence[str], statistics: Sequence[str], keep_base: bool):
+    def __init__(
+        self,
+        host: nn.Module,
+        names: Sequence[str],
+        statistics: Sequence[str],
+        keep_base: bool,
+        sharing: Sequence[nn.Module] = (),
+    ):
         super().__init__()
-        self._host = (host,)
+        self._host, self._sharing = (host,), tuple(sharing)
         self.names, self.statistics, self.keep_base = tuple(names), tuple(statistics), keep_base
         self.on = False
         self._flags: dict[str, bool] = {}
@@ -113,13 +121,20 @@ class Trained(Delta):
                 "This tuning trains base weights in place with keep_base=False, so the base is gone: it can be "
                 "neither disabled nor detached. Attach with keep_base=True to be able to."
             )
-        if on and not self.on:
-            for sibling in self._host[0]._modules[CHILD]._modules.values():  # type: ignore[union-attr]
-                if isinstance(sibling, Trained) and sibling.on and set(sibling.names) & set(self.names):
-                    both = ", ".join(sorted(set(sibling.names) & set(self.names)))
+        if not on or self.on:
+            return
+        mine = {id(p): name for name, p in self.trained()}
+        for host in (*self._host, *self._sharing):
+            for sibling in host._modules[CHILD]._modules.values() if CHILD in host._modules else ():  # type: ignore[union-attr]
+                both = [
+                    mine[id(p)]
+                    for _, p in (sibling.trained() if isinstance(sibling, Trained) and sibling.on else ())
+                    if id(p) in mine
+                ]
+                if both:
                     raise StateError(
-                        f"{type(self._host[0]).__name__}'s {both} is trained by another enabled tuning; two cannot own "
-                        "one weight at a time. Disable that one first (peftlib.use enables exactly one)."
+                        f"{plain_class(host).__name__}'s {', '.join(both)} is trained by another enabled tuning; two "
+                        "cannot own one weight at a time. Disable that one first (peftlib.use enables exactly one)."
                     )
 
     @torch.no_grad()
@@ -205,6 +220,10 @@ class BaseTraining(Method):
 
     def build(self, sites: Sequence[Site]) -> dict[str, Delta]:
         found: dict[str, Delta] = {}
+        owners: dict[int, list[nn.Module]] = {}
+        for module in sites[0].model.modules() if sites[0].model is not None else ():
+            for parameter in module._parameters.values():
+                owners.setdefault(id(parameter), []).append(module)
         for site in sites:
             if self.dtype is not None:
                 raise PeftlibError(
@@ -220,7 +239,15 @@ class BaseTraining(Method):
                 for n, b in site.module._buffers.items()
                 if b is not None and n not in _volatile(site.module)
             ]
-            found[site.name] = Trained(site.module, names, statistics if whole else [], self.keep_base)
+            sharing = {
+                id(m): m
+                for n in names
+                for m in owners.get(id(site.module._parameters[n]), ())
+                if m is not site.module
+            }
+            found[site.name] = Trained(
+                site.module, names, statistics if whole else [], self.keep_base, list(sharing.values())
+            )
         return found
 
 
