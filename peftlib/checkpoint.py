@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -45,7 +46,14 @@ def save(tuning: Tuning, path: str | os.PathLike[str]) -> None:
         "base": fingerprint(tuning.model),
         "torch": torch.__version__,
     }
-    write(path, state, about)
+    whole, sharded = _gather(state)
+    try:
+        # Every process holds the whole tensors now; one of them writes.
+        if not sharded or torch.distributed.get_rank() == 0:
+            write(path, whole, about)
+    finally:
+        if sharded:
+            torch.distributed.barrier()
 
 
 def load(
@@ -108,6 +116,15 @@ def load(
         for parameter in tuning.parameters():
             parameter.requires_grad_(False)
     return tuning
+
+
+def _gather(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """The whole tensors of a sharded tuning (a collective call), and whether there were shards at all."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:
+        return dict(state), False
+    sharded = any(isinstance(t, module.DTensor) for t in state.values())
+    return {k: t.full_tensor() if isinstance(t, module.DTensor) else t for k, t in state.items()}, sharded
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from peftlib.errors import PeftlibError
 from peftlib.methods.adapter import Adapter
-from peftlib.methods.base import METHODS, Method, plain_class
+from peftlib.methods.base import Method, plain_class
+from peftlib.methods.linear import output_width
 from peftlib.methods.lora import LoRA
 from peftlib.probe import Probe
 from peftlib.report import Table
@@ -44,9 +45,9 @@ def inspect(model: nn.Module, example: Any = None) -> Table:
     for site in tree.sites():
         can = [type(m).__name__ for m in methods if m.refuses(site) is None]
         if probe is not None and site.name in probe.record.attention:
-            can += [n for n in ("PrefixTuning", "PTuningV2") if n in METHODS]
-        if isinstance(site.module, nn.Embedding) and "PromptTuning" in METHODS:
-            can += ["PromptTuning", "PTuningV1"]
+            can += ["PrefixTuning", "PTuningV2"]
+        if isinstance(site.module, nn.Embedding):
+            can += ["PromptTuning", "PTuningV1", "TokenRows"]
         if site.name in heads:
             can.append("head")
         row: dict[str, Any] = {
@@ -62,6 +63,7 @@ def inspect(model: nn.Module, example: Any = None) -> Table:
                 "output": _shape(trace.output if trace else None),
             }
         rows.append(row | {"methods": ", ".join(can)})
+        rows += [_raw(site.name, name, p) for name, p in _raw_weights(site.module)]
     notes = []
     if probe is not None:
         tree_names = set(probe.record.traces)
@@ -72,7 +74,31 @@ def inspect(model: nn.Module, example: Any = None) -> Table:
             )
         if probe.record.foreign:
             notes.append(f"attention that no prefix can reach: {', '.join(sorted(probe.record.foreign))}")
-    return Table(title=f"{plain_class(model).__name__}: where methods can go", rows=rows, notes=notes)
+    several = (
+        [f"{n} ({a.calls} calls)" for n, a in probe.record.attention.items() if a.calls > 1] if probe else []
+    )
+    if several:
+        notes.append(f"several attention calls, which would share one prefix: {', '.join(several[:8])}")
+    # Names and methods are there to be copied: nothing is clipped.
+    title = f"{plain_class(model).__name__}: where methods can go"
+    return Table(title=title, rows=rows, notes=notes, width=10_000)
+
+
+def _raw_weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Matrices that a module holds itself without being a layer: fused or stacked weights."""
+    if output_width(module) is not None and not module._modules:
+        return []
+    return [(n, p) for n, p in module._parameters.items() if p is not None and p.dim() >= 2]
+
+
+def _raw(owner: str, name: str, parameter: nn.Parameter) -> dict[str, Any]:
+    kind = f"parameter {tuple(parameter.shape)}"
+    return {
+        "name": f"{owner}.{name}" if owner else name,
+        "type": kind,
+        "parameters": parameter.numel(),
+        "methods": "LoRA",
+    }
 
 
 def summary(model: nn.Module) -> Table:
@@ -122,6 +148,7 @@ def summary(model: nn.Module) -> Table:
             notes.append(f"{name}: left out {', '.join(shown)}{' ...' if len(tuning.skipped) > 6 else ''}")
         idle = tuning.idle_sites()
         if idle:
+            idle = [n or "the root" for n in idle]
             notes.append(f"{name}: has not run yet at {', '.join(idle[:6])}{' ...' if len(idle) > 6 else ''}")
     everything = in_base | {id(p): p for t in have.values() for p in t.parameters()}
     training = sum(p.numel() for p in everything.values() if p.requires_grad)

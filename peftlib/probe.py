@@ -2,8 +2,7 @@
 
 The forward runs on a structural copy whose parameters are fake CPU tensors (also where the model lies on a GPU or
 on meta), so it costs no memory, and a module that caches tensors in its first call does so in the copy. Where a
-model asks a tensor for its value, fake tensors cannot follow; then the copy runs for real on the model's own
-parameters, which it shares.
+model asks a tensor for its value, fake tensors cannot follow; then the copy is a whole one and runs for real.
 
 Left out on purpose: tracing. Only module calls and SDPA calls are seen; a hand-written softmax(q @ k.T) is not.
 """
@@ -62,7 +61,7 @@ class Attention:
         key_size, value_size: features per head.
         width: query heads times features per head.
         calls: SDPA calls in the example.
-        last: names of the modules that ran after the first of these calls, in order.
+        mixed: whether calls differ in the size of a head, so that no one prefix fits them.
     """
 
     heads: int
@@ -70,6 +69,7 @@ class Attention:
     value_size: int
     width: int
     calls: int = 1
+    mixed: bool = False
 
 
 @dataclass
@@ -109,9 +109,9 @@ class Probe:
         except Exception as error:
             if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
                 raise ProbeError(_why(model, error)) from error
-            # The copy shares the parameters themselves, so that a real forward costs only its activations.
+            # A whole copy: a forward that writes to its own weights must not write to the user's.
             self.fake = False
-            self._copy = structural_copy(model, lambda t: t)
+            self._copy = structural_copy(model, _cloned)
             try:
                 self.record = self.run(self.args, self.kwargs)
             except Exception as second:
@@ -155,7 +155,7 @@ class Probe:
         args, kwargs = as_call(inputs)
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                _observe(structural_copy(model, lambda t: t), args, kwargs, record)
+                _observe(structural_copy(model, _cloned), args, kwargs, record)
         except Exception as error:
             raise ProbeError(_why(model, error)) from error
         assert record.values is not None
@@ -189,6 +189,10 @@ def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, (tuple, list)):
         return tuple(example), {}
     return (example,), {}
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -228,8 +232,10 @@ def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise ProbeError(
-            f"{type(model).__name__} cannot be copied for the fake forward ({type(error).__name__}: {error}). "
-            "Give it a working __deepcopy__, or leave example= out and name the targets."
+            f"{type(model).__name__} cannot be copied for the fake forward ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}). Attach before wrapping the model for "
+            "several processes; "
+            "else give it a working __deepcopy__, or leave example= out and name the targets."
         ) from error
 
 
@@ -426,6 +432,8 @@ class _Watch(TorchFunctionMode):
             known.calls += 1
             if (key.shape[-1], value.shape[-1]) == (known.key_size, known.value_size):
                 known.heads = min(known.heads, heads)
+            else:
+                known.mixed = True
 
 
 def _why(model: nn.Module, error: Exception) -> str:
@@ -433,6 +441,7 @@ def _why(model: nn.Module, error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return (
         f"The example could not be run through {type(model).__name__}"
-        f"{f', in {where!r}' if where else ''}: {type(error).__name__}: {lines[0] if lines else ''} "
-        "Pass the inputs of one forward: a tensor, a tuple of positional arguments, or a dict of keyword arguments."
+        f"{f', in {where!r}' if where else ''}: {type(error).__name__}: {lines[0] if lines else ''} -- "
+        "Pass the inputs of one forward: a tensor, a tuple of positional arguments, or a dict of keyword arguments (a "
+        "forward that takes one tuple or dict gets it as (x,))."
     )

@@ -193,8 +193,10 @@ def _check_checkpoint(plain: type) -> None:
             if any(isinstance(a, torch.Tensor) and a.requires_grad for a in frame.f_locals["args"]):
                 return
             raise PeftlibError(
-                f"{plain.__name__} runs in a reentrant checkpoint none of whose inputs requires a gradient, so the tuning in "
-                "it would silently not be trained. Use checkpoint(..., use_reentrant=False), or let the input require one, "
+                f"{plain.__name__} runs in a reentrant checkpoint none of whose inputs requires a gradient, so "
+                "the tuning in "
+                "it would silently not be trained. Use checkpoint(..., use_reentrant=False), or let the input "
+                "require one, "
                 "for instance embedding.register_forward_hook(lambda m, i, out: out.requires_grad_())."
             )
         frame = frame.f_back  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from peftlib.errors import TargetError
 from peftlib.methods.base import CHILD, Method, Site, plain_class
@@ -39,6 +40,13 @@ class Tree:
         self.aliases: dict[str, str] = {}
         self._names: dict[int, str] = {}
         self._visit(model, "", frozenset())
+        lazy = [n for n, _, _, p in self.parameters() if isinstance(p, UninitializedParameter)]
+        if lazy:
+            raise TargetError(
+                f"{lazy[0]!r} is not initialised yet (a lazy module learns its shape in its first forward). Run "
+                "the model "
+                "once, then attach."
+            )
 
     def _visit(self, module: nn.Module, name: str, ancestors: frozenset[int]) -> None:
         first = self._names.setdefault(id(module), name)
@@ -124,7 +132,8 @@ class Tree:
         if len(tables) != 1:
             named = f": {', '.join(repr(s.name) for s in tables)}" if tables else ""
             raise TargetError(
-                f"{type(self.model).__name__} has {len(tables)} embeddings{named}; name the one that looks up tokens with "
+                f"{type(self.model).__name__} has {len(tables)} embeddings{named}; name the one that looks up "
+                "tokens with "
                 "targets=[...]."
             )
         return tables[0]
@@ -299,7 +308,8 @@ def select(
         idle = [s.name for s in sites if not probe.executed(s)]
         if idle:
             raise TargetError(
-                f"The example never executes {', '.join(map(repr, idle[:5]))}{' ...' if len(idle) > 5 else ''}: a delta "
+                f"The example never executes {', '.join(map(repr, idle[:5]))}{' ...' if len(idle) > 5 else ''}: "
+                "a delta "
                 "there would silently do nothing. The model reads the weight directly or skips the module. Target "
                 f"the parameter instead (for instance '{idle[0]}.weight' with LoRA), or another module."
             )

@@ -69,8 +69,9 @@ class Bottleneck(Delta):
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.parallel:
-            x = first_argument(args, kwargs)
-            return map_first(base(*args, **kwargs), lambda f: self._beside(f, self._bottleneck(x)))
+            # First the side branch: the host may change its input in place.
+            aside = self._bottleneck(first_argument(args, kwargs))
+            return map_first(base(*args, **kwargs), lambda f: self._beside(f, aside))
         return map_first(base(*args, **kwargs), lambda f: f + self._bottleneck(f))
 
     def _bottleneck(self, h: Tensor) -> Tensor:
@@ -207,20 +208,26 @@ class Adapter(Method):
         return None
 
     def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
-        names = repeated_blocks(tree)
         if self.where == "blocks":
-            return [tree.site(n) for n in names] or list(linear_sites(tree, probe))
+            return [tree.site(n) for n in repeated_blocks(tree)] or list(linear_sites(tree, probe))
         if probe is None:
             raise ProbeError(
                 f"Adapter's {self.where!r} places are found by watching a block work: pass example=, or name the "
                 "places with targets=[...]."
             )
+        # A model of one block is a model of blocks, too: a one-element list counts here.
+        names = repeated_blocks(tree) or repeated_blocks(tree, least=1)
         found = [site for name in names for site in self._published(tree.site(name), tree, probe)]
         if not found:
-            after = ", after an attention that calls SDPA" if self.where == "houlsby" else ""
+            places = {
+                "houlsby": "linears, the first of them after an attention that calls SDPA",
+                "pfeiffer": "linears",
+                "parallel": "a feed-forward that is a module of its own",
+            }
             raise TargetError(
-                f"{type(tree.model).__name__} shows no block with the {self.where!r} places (a feed-forward of "
-                f"linears{after}). Name them with targets=[...]."
+                f"{type(tree.model).__name__} shows no block with the {self.where!r} places "
+                f"({places[self.where]}). Name "
+                "them with targets=[...]."
             )
         return found
 
@@ -273,6 +280,12 @@ class Adapter(Method):
                     f"A parallel adapter needs input and output that differ in the feature axis alone; {site.name!r} "
                     f"maps {trace.input} to {trace.output}. Use placement='sequential', or another module."
                 )
+        elif trace is not None:
+            raise TargetError(
+                f"{site.name or 'the root'!r} ({type(site.module).__name__}) returns no tensor in the example, "
+                "so an adapter "
+                "has nothing to add to. Target a module whose output (or first output) is a tensor."
+            )
         elif guess is None:
             raise ProbeError(
                 f"The width of the output of {site.name or 'the root'!r} ({type(site.module).__name__}) cannot be told "
@@ -298,10 +311,10 @@ class Adapter(Method):
         return found
 
 
-def repeated_blocks(tree: Tree) -> list[str]:
+def repeated_blocks(tree: Tree, least: int = 2) -> list[str]:
     """The outermost module lists' elements: the blocks a deep model repeats.
 
-    A list counts if it holds two or more modules of one class that have linears or convolutions inside.
+    A list counts if it holds at least so many modules, all of one class and with linears or convolutions inside.
     """
     found: list[str] = []
     for name, module in tree.modules.items():
@@ -309,7 +322,11 @@ def repeated_blocks(tree: Tree) -> list[str]:
             continue
         children = [(k, m) for k, m in module._modules.items() if m is not None and k != CHILD]
         kinds = [plain_class(m) for _, m in children]
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) >= 2 and len(set(kinds)) == 1:
+        if (
+            isinstance(module, (nn.ModuleList, nn.Sequential))
+            and len(children) >= least
+            and len(set(kinds)) == 1
+        ):
             if type(children[0][1]).forward is nn.Module.forward or not children[0][1]._modules:
                 continue
             if any(output_width(leaf) is not None for leaf in leaves(children[0][1])):

@@ -27,6 +27,7 @@ from peftlib.methods.base import (
     first_argument,
     map_first,
     placement,
+    plain_class,
 )
 from peftlib.methods.dora import Magnitude
 from peftlib.methods.linear import CONVOLUTIONS, is_transposed, linear_shape
@@ -98,6 +99,12 @@ class LowRank(Delta):
             raise PeftlibError(
                 f"{type(host).__name__} has no floating-point parameter 'weight' to merge into (its base is opaque). "
                 "Keep the tuning attached."
+            )
+        if not isinstance(host, Projection) and not applies_plainly(host):
+            raise PeftlibError(
+                f"{type(host).__name__} does more with its weight than apply it (its forward is its own), so a "
+                "merged weight "
+                "would not give what the tuning gives. Keep the tuning attached."
             )
 
         def update(old: Tensor) -> Tensor:
@@ -231,6 +238,33 @@ class ParameterLoRA(Delta):
             + self.scaling * (_wide(self.b) @ _wide(self.a)).view_as(old)
         )
         return [(self._host[0], self.name, None, update)]
+
+
+@torch.no_grad()
+def applies_plainly(host: Any) -> bool:
+    """Whether a host's forward is its weight applied to its input: torch's own forwards, or one that shows it."""
+    plain = plain_class(host)
+    if isinstance(host, CONVOLUTIONS):
+        own = next(c for c in CONVOLUTIONS if isinstance(host, c))
+        return plain.forward is own.forward and plain._conv_forward is own._conv_forward
+    if isinstance(host, nn.Embedding):
+        return plain.forward is nn.Embedding.forward
+    if plain.forward is nn.Linear.forward:
+        return True
+    weight = host._parameters["weight"]
+    weight_OI = weight.T if is_transposed(host) else weight
+    x = torch.linspace(-1, 1, 3 * weight_OI.shape[1], device=weight.device).view(3, -1).to(weight.dtype)
+    try:
+        y = plain.forward(host, x)
+    except (RuntimeError, TypeError, ValueError):
+        return False  # it takes more than one tensor of features
+    bias = getattr(host, "bias", None)
+    expected = F.linear(x, weight_OI, bias if isinstance(bias, Tensor) else None)
+    return (
+        isinstance(y, Tensor)
+        and y.shape == expected.shape
+        and torch.allclose(y, expected, rtol=1e-2, atol=1e-3)
+    )
 
 
 def _zeros(like: Tensor, size: int, axis: int) -> Tensor:

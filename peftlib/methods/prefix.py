@@ -191,6 +191,12 @@ class DeepPrefix(Method):
         values = probe.activations(tree.model, _inputs(self.init, self.length, probe)) if started else {}
         for site in sites:
             seen = probe.record.attention[site.name]
+            if seen.mixed:
+                raise TargetError(
+                    f"{site.name or 'the root'!r} makes attention calls whose heads differ in size, so no one prefix "
+                    "fits "
+                    "them. Put each call into a module of its own, or exclude this one."
+                )
             # Models may repeat their heads for some calls only (with a mask, say), so the fewest seen are its own.
             real = [t.shape[-3] if t.dim() > 3 else 1 for t in values.get(site.name, ())]
             facts: dict[str, Any] = {
