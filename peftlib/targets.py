@@ -253,6 +253,7 @@ def select(
     left_out: dict[str, str] = {}
     if not included:
         sites = []
+        left_out |= method.default_skips(tree, probe)
         for site in method.default_sites(tree, probe):
             if _covered(site.name, excluded):
                 continue

@@ -149,6 +149,10 @@ class Method(ABC):
         """The sites taken when no target is given."""
         raise PeftlibError(f"{type(self).__name__} has no default place: name one with targets=[...].")
 
+    def default_skips(self, tree: Tree, probe: Probe | None) -> dict[str, str]:
+        """Places the default passes over that a reader might look for there, with the reason."""
+        return {}
+
     def resolve(self, site: Site, tree: Tree, probe: Probe | None) -> list[Site]:
         """The sites that a target's match stands for: itself, or the projections of an attention."""
         if self.refuses(site) is None:

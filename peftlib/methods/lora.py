@@ -399,6 +399,10 @@ class LoRA(Method):
     def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
         return list(linear_sites(tree, probe))
 
+    def default_skips(self, tree: Tree, probe: Probe | None) -> dict[str, str]:
+        heads = tree.output_heads(probe)
+        return {n: "the output head" for n in sorted(heads) if linear_shape(tree.modules[n]) is not None}
+
     def build(self, sites: Sequence[Site]) -> dict[str, Delta]:
         return {site.name: self._delta(site) for site in sites}
 
