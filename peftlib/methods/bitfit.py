@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from peftlib.methods.base import Site
 from peftlib.methods.trained import BaseTraining
-
-if TYPE_CHECKING:
-    from peftlib.probe import Probe
-    from peftlib.targets import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(BaseTraining):
     """Train every bias b in ``y = W x + b`` and in the normalizations, nothing else.
 
-    A bias is a one-axis parameter named ``bias`` or ending in ``_bias`` (``in_proj_bias``), or, in an ``nn.RNNBase``,
-    beginning with ``bias_``.
+    A bias is a one-axis parameter named ``bias``, ending in ``_bias`` (``in_proj_bias``) or beginning with ``bias_``
+    (``bias_ih_l0``).
 
     Args:
         keep_base: keep the base values (small), so that ``disable`` and ``detach`` are exact.
@@ -35,9 +31,6 @@ class BitFit(BaseTraining):
     """
 
     moves_statistics: ClassVar[bool] = False
-
-    def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
-        return [tree.site("")] if self.refuses(tree.site("")) is None else []
 
     def wanted(self, site: Site) -> list[str]:
         return [

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from peftlib.methods.base import Site
 from peftlib.methods.trained import BaseTraining
-
-if TYPE_CHECKING:
-    from peftlib.probe import Probe
-    from peftlib.targets import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +22,3 @@ class FullFineTuning(BaseTraining):
         >>> peftlib.attach(model, peftlib.FullFineTuning()).num_parameters
         10
     """
-
-    def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
-        return [tree.site("")]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftlib.errors import PeftlibError
+from peftlib.methods.base import Method, Site
 from peftlib.methods.trained import BaseTraining
+
+if TYPE_CHECKING:
+    from peftlib.probe import Probe
+    from peftlib.targets import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,9 @@ class PartialFineTuning(BaseTraining):
     @property
     def own_targets(self) -> Sequence[Any] | None:
         return self.targets
+
+    def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
+        return Method.default_sites(self, tree, probe)
 
     def config(self) -> dict[str, Any]:
         # Where it goes is kept by the sites, not by the method.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftlib.errors import PeftlibError, StateError, TargetError
+from peftlib.errors import PeftlibError, StateError
 from peftlib.methods.base import CHILD, Delta, Method, Site, placement, plain_class
 
 if TYPE_CHECKING:
@@ -198,25 +198,36 @@ class BaseTraining(Method):
             and all(p is None for p in module._parameters.values())
         )
 
+    def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
+        return self.resolve(tree.site(""), tree, probe)
+
+    def resolve(self, site: Site, tree: Tree, probe: Probe | None) -> list[Site]:
+        """Each tensor inside as a site of its own, so that an exclusion can take out any of them."""
+        found = []
+        for inner in tree.inside(site.name) if site.parameter is None else [site]:
+            if inner.parameter is not None:
+                found += [inner] if self.wanted(inner) else []
+            else:
+                prefix = f"{inner.name}." if inner.name else ""
+                found += [Site(prefix + n, inner.module, n, tree.model) for n in self.wanted(inner)]
+                found += [inner] if self._only_statistics(inner) else []
+        return found
+
     def survey(self, sites: Sequence[Site], tree: Tree, probe: Probe | None) -> list[Site]:
         """One site per module that owns trained tensors; a shared parameter goes to its first owner."""
         seen: set[int] = set()
-        found: dict[str, Site] = {}
         names: dict[str, list[str]] = {}
         for site in sites:
-            for inner in tree.inside(site.name) if site.parameter is None else [site]:
-                owner = inner.name if inner.parameter is None else inner.name.rpartition(".")[0]
-                for name in self.wanted(inner):
-                    parameter = inner.module._parameters[name]
-                    if id(parameter) not in seen:
-                        seen.add(id(parameter))
-                        names.setdefault(owner, []).append(name)
-                        found.setdefault(owner, Site(owner, inner.module, None, tree.model))
-                if inner.parameter is None and self._only_statistics(inner):
-                    names[owner], found[owner] = [], Site(owner, inner.module, None, tree.model)
-        if not found:
-            raise TargetError(f"{type(self).__name__} finds nothing to train at {[s.name for s in sites]!r}.")
-        return [replace(site, facts={"names": names[owner]}) for owner, site in found.items()]
+            owned = names.setdefault(
+                site.name if site.parameter is None else site.name.rpartition(".")[0], []
+            )
+            if site.parameter is not None:
+                parameter = site.module._parameters[site.parameter]
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    owned.append(site.parameter)
+        surveyed = [replace(tree.site(owner), facts={"names": owned}) for owner, owned in names.items()]
+        return [s for s in surveyed if s.facts["names"] or self._only_statistics(s)]
 
     def build(self, sites: Sequence[Site]) -> dict[str, Delta]:
         found: dict[str, Delta] = {}

@@ -284,6 +284,44 @@ def test_partial_trains_the_named_part(targets: Any, trained: set[str], given: s
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
 
 
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize(
+    "make, targets, frozen",
+    [
+        (FullFineTuning, ["!head"], {"head.weight", "head.bias"}),
+        (FullFineTuning, ["!*.bias"], {"head.bias", "body.0.bias", "body.1.bias", "body.2.bias"}),
+        (FullFineTuning, ["!0.weight", "!body.1"], {"body.0.weight", "body.1.weight", "body.1.bias"}),
+        (
+            PartialFineTuning,
+            ["body", "!body.0"],
+            {"body.0.weight", "body.0.bias", "head.weight", "head.bias"},
+        ),
+        (PartialFineTuning, ["*", "!head.bias"], {"head.bias"}),
+        (BitFit, ["!head"], {n for n, _ in Nested().named_parameters() if "head" in n or "weight" in n}),
+    ],
+)
+def test_exclusions_reach_inside_a_target(
+    make: Any, targets: list[str], frozen: set[str], tmp_path: Path
+) -> None:
+    model = Nested()
+    fresh = copy.deepcopy(model)
+    tuning = peftlib.attach(model, make(), targets=targets, example=torch.zeros(2, 4))
+    assert {n for n, p in model.named_parameters() if not p.requires_grad and "_peft" not in n} == frozen
+    randomize(tuning)
+    tuning.save(tmp_path / "t.safetensors")
+    loaded = peftlib.load(fresh, tmp_path / "t.safetensors")
+    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in tuning.named_parameters()]
+
+
 def test_integer_parameters_are_left_alone() -> None:
     model = nn.Linear(4, 4)
     model.steps = nn.Parameter(torch.zeros(3, dtype=torch.long), requires_grad=False)
