@@ -45,11 +45,7 @@ def standard_library(root: Path | None = None) -> tuple[Domain, Domain]:
     parts: dict[tuple[str, bool], list[str]] = {
         (kind, held_out): [] for kind in ("docstrings", "code") for held_out in (False, True)
     }
-    for path, source in modules(root):
-        with warnings.catch_warnings():
-            # old modules hold escapes that a newer parser warns of
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
+    for path, source, tree in modules(root):
         digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
         held_out = digest[0] % HELD_OUT_ONE_IN == 0
         parts["docstrings", held_out].append(docstrings(tree))
@@ -66,12 +62,21 @@ def standard_library(root: Path | None = None) -> tuple[Domain, Domain]:
     return prose, program
 
 
-def modules(root: Path) -> Iterator[tuple[Path, str]]:
-    """Path and text of every Python file below `root`, in a fixed order."""
+def modules(root: Path) -> Iterator[tuple[Path, str, ast.Module]]:
+    """Path, text and syntax tree of every Python file below `root`, in a fixed order."""
     for path in sorted(root.rglob("*.py")):
-        if SKIPPED.isdisjoint(path.relative_to(root).parts):
-            with tokenize.open(path) as file:
-                yield path, file.read()
+        if not SKIPPED.isdisjoint(path.relative_to(root).parts):
+            continue
+        try:
+            # old modules hold escapes that a newer parser warns of
+            with tokenize.open(path) as file, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                source = file.read()
+                tree = ast.parse(source)
+        except (SyntaxError, UnicodeDecodeError):
+            # some distributions ship templates and bad examples under the name of a module
+            continue
+        yield path, source, tree
 
 
 def docstrings(tree: ast.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import json
+import sys
 import textwrap
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch
 from torch import nn
 
 from benchmarks import savings
+from benchmarks.figure import draw
 from benchmarks.gpt import GPT, GPTConfig
 from benchmarks.inputs import InputError, check_language_model, load_factory
+from benchmarks.progress import Progress
 from benchmarks.text import Domain, batches, check_length, spread, standard_library, text_file, utf8
 
 TINY = GPTConfig(width=32, layers=2, heads=2)
@@ -135,6 +138,8 @@ def test_split_does_not_move_when_files_come_and_go(tmp_path: Path) -> None:
         (tmp_path / f"m{number}.py").write_text(f'"""{number}"""\nx = {number}\n')
     before = standard_library(tmp_path)[1].held_out.tolist()
     (tmp_path / "new.py").write_text('"""new"""\ny = 1\n')
+    (tmp_path / "template.py").write_text("class {{name}}:\n")
+    (tmp_path / "bytes.py").write_bytes(b'x = "\xff"\n')
     after = bytes(standard_library(tmp_path)[1].held_out.tolist()).decode()
     assert bytes(before).decode() in after.replace("y = 1\n", "")
 
@@ -267,6 +272,25 @@ def test_the_factory_may_bring_its_own_encoding(model_file: Path) -> None:
     model_file.write_text(MODEL + "\n\ndef encode(text):\n    return [ord(c) % 7 for c in text]\n")
     _, encode = load_factory(f"{model_file}:build")
     assert encode("ab") == [97 % 7, 98 % 7]
+
+
+# --- while it runs, and without the extras
+
+
+def test_progress_is_plain_lines_without_tqdm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with Progress(2, "training") as progress:
+        progress.step("loss 2.0")
+        progress.step("loss 1.0")
+    assert capsys.readouterr().err.splitlines() == ["training: 0/2 in 0 s", "training: 2/2 in 0 s loss 1.0"]
+
+
+def test_no_figure_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install 'peftlib[plot]'" in draw({}, tmp_path / "savings.png")
+    assert not (tmp_path / "savings.png").exists()
 
 
 # --- from end to end
