@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 T = TypeVar("T")
 
@@ -18,28 +19,40 @@ class FrozenCache:
     does not raise a parameter's version; such a caller clears by training mode, a move, or :meth:`clear`.
     """
 
-    def __init__(self) -> None:
-        self._key: Any = None
-        self._value: Any = None
+    _key: Any = None
+    _value: Any = None
+    _held: Sequence[Any] = ()
 
     def __call__(self, parameters: Sequence[Tensor], compute: Callable[[], T]) -> T:
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or any(p.is_inference() for p in parameters)
+            or any(p.is_inference() or isinstance(p, FakeTensor) for p in parameters)
         ):
             self.clear()
             return compute()
-        key = tuple((p._version, p.data_ptr(), p.dtype) for p in parameters)
-        if key != self._key or torch.is_autocast_enabled():
+        key = (
+            _autocast(parameters[0].device.type),
+            *((p._version, p.data_ptr(), p.dtype) for p in parameters),
+        )
+        if key != self._key:
             self._key, self._value = key, compute()
+            # While the old storage is held, no new one gets its address.
+            self._held = [p.untyped_storage() for p in parameters]
         return self._value
 
     def clear(self) -> None:
-        self._key = self._value = None
+        self._key, self._value, self._held = None, None, ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # copies and pickles start empty
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.clear()
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    """The dtype that autocast computes in, if it is on."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
