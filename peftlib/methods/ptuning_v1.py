@@ -16,24 +16,38 @@ from peftlib.methods.soft_prompt import SoftPrompt, start_rows
 from peftlib.methods.virtual import Table
 
 
+class BiLSTM(nn.RNNBase):
+    """``nn.LSTM`` of two layers and both directions over one (P, D) sequence; in contrast to it, it can be compiled."""
+
+    def __init__(self, width: int, hidden: int, dropout: float, **where: Any):
+        super().__init__(
+            "LSTM",
+            width,
+            hidden,
+            num_layers=2,
+            bidirectional=True,
+            batch_first=True,
+            dropout=dropout,
+            **where,
+        )
+
+    def forward(self, x_PD: Tensor) -> Tensor:
+        start = x_PD.new_zeros(4, 1, self.hidden_size)
+        weights: Any = self._flat_weights
+        x = x_PD.unsqueeze(0)
+        return torch.lstm(x, (start, start), weights, True, 2, self.dropout, self.training, True, True)[0][0]
+
+
 class PromptEncoder(nn.Module):
     """(P, D) rows from a trained table through a bi-LSTM and an MLP, or an MLP alone."""
 
     def __init__(self, method: PTuningV1, width: int, **where: Any):
         super().__init__()
         self.table = nn.Parameter(torch.empty(method.length, width, **where))
-        self.lstm: nn.LSTM | None = None
+        self.lstm: BiLSTM | None = None
         if method.encoder == "lstm":
             hidden = method.hidden if method.hidden is not None else max(1, width // 2)
-            self.lstm = nn.LSTM(
-                width,
-                hidden,
-                num_layers=2,
-                bidirectional=True,
-                batch_first=True,
-                dropout=method.dropout,
-                **where,
-            )
+            self.lstm = BiLSTM(width, hidden, method.dropout, **where)
             sizes = [2 * hidden, 2 * hidden, width]
         else:
             hidden = method.hidden if method.hidden is not None else width
@@ -50,15 +64,12 @@ class PromptEncoder(nn.Module):
         return self._cache(tuple(self.parameters()), self._compute)
 
     def _compute(self) -> Tensor:
-        rows = self.table.unsqueeze(0)
-        if self.lstm is not None:
-            rows = self.lstm(rows)[0]
-        return self.mlp(rows).squeeze(0)
+        return self.mlp(self.table if self.lstm is None else self.lstm(self.table))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PTuningV1(SoftPrompt):
-    r"""P-Tuning: P virtual tokens ``h_i = MLP([LSTM(e_0..i); LSTM(e_i..P)])`` in the input; e is a trained (P, D) table.
+    r"""P-Tuning: P virtual tokens ``h_i = MLP([LSTM(e_0..i); LSTM(e_i..P)])`` in the input, e a trained (P, D) table.
 
     With ``placeholder_id`` the k-th occurrence of that id in a sequence becomes h_k, anywhere in the user's template;
     without, the P tokens come in front as in :class:`PromptTuning` (masks, positions, labels and outputs included).
@@ -110,7 +121,7 @@ class PTuningV1(SoftPrompt):
             check_positive_int("PTuningV1", hidden=self.hidden)
         check_probability("PTuningV1", dropout=self.dropout)
         if self.placeholder_id is not None and (
-            not isinstance(self.placeholder_id, int) or self.placeholder_id < 0
+            type(self.placeholder_id) is not int or self.placeholder_id < 0
         ):
             raise PeftlibError(
                 f"PTuningV1(placeholder_id={self.placeholder_id!r}): it must be a token id (an integer >= 0)."
