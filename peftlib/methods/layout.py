@@ -86,6 +86,14 @@ def learn(
     return facts
 
 
+def token_table(site: Site, tree: Tree, probe: Probe) -> str | None:
+    """Name of the embedding that looks up a module's ids, or ``None`` where there is none."""
+    try:
+        return _Example(site, tree, probe).sequence(None)[1]
+    except TargetError:
+        return None
+
+
 def _learn_relays(
     site: Site, table: str, ids: Tensor, length: int, tree: Tree, probe: Probe
 ) -> dict[str, dict[str, Any]]:

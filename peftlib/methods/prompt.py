@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from peftlib.errors import PeftlibError
-from peftlib.methods.soft_prompt import SoftPrompt, _ids, start_rows
+from peftlib.methods.soft_prompt import SoftPrompt, start_rows
 from peftlib.methods.virtual import Table
 
 
@@ -53,19 +52,6 @@ class PromptTuning(SoftPrompt):
     """
 
     init: Any = "vocab"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.init, str):
-            if self.init not in ("vocab", "normal"):
-                raise PeftlibError(
-                    f"PromptTuning(init={self.init!r}): init must be 'vocab', 'normal' or a list of token ids."
-                )
-        elif len(_ids(self.init)) != self.length:
-            raise PeftlibError(
-                f"PromptTuning(length={self.length}, init=...) was given {len(_ids(self.init))} token ids; give as "
-                "many as the prompt is long."
-            )
 
     def prompt(self, width: int, table: nn.Module | None, **where: Any) -> nn.Module:
         made = Table(self.length, width, **where)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftlib.errors import PeftlibError, TargetError
 from peftlib.methods.base import Delta, Method, Site, check_positive_int, placement
-from peftlib.methods.layout import learn
+from peftlib.methods.layout import learn, token_table
 from peftlib.methods.sequence import KINDS
 from peftlib.methods.virtual import Overwrite, Placeholder, Prepend, Relay
 
@@ -32,6 +32,7 @@ class SoftPrompt(Method):
 
     length: int
     sequence_args: Mapping[str, str] | None = None
+    init: Any = "normal"
 
     @property
     def needs_probe(self) -> bool:
@@ -51,6 +52,16 @@ class SoftPrompt(Method):
                     f"{owner}(sequence_args={{{name!r}: {kind!r}}}): the kind must be one of "
                     f"{', '.join(map(repr, KINDS))}."
                 )
+        if isinstance(self.init, str):
+            if self.init not in ("vocab", "normal"):
+                raise PeftlibError(
+                    f"{owner}(init={self.init!r}): init must be 'vocab', 'normal' or a list of token ids."
+                )
+        elif len(_ids(self.init)) != self.length:
+            raise PeftlibError(
+                f"{owner}(length={self.length}, init=...) was given {len(_ids(self.init))} token ids; give as many as "
+                "the prompt is long."
+            )
 
     def prompt(self, width: int, table: nn.Module | None, **where: Any) -> nn.Module:
         """The module that makes the (P, D) rows; ``table`` is the embedding they go into, if there is one."""
@@ -65,7 +76,8 @@ class SoftPrompt(Method):
 
     def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
         if self.placeholder is not None:
-            return [tree.token_embedding(probe)]
+            table = None if probe is None else token_table(tree.site(""), tree, probe)
+            return [tree.token_embedding(probe) if table is None else tree.site(table)]
         return [tree.site("")]
 
     def survey(self, sites: Sequence[Site], tree: Tree, probe: Probe | None) -> list[Site]:
@@ -76,6 +88,12 @@ class SoftPrompt(Method):
                     raise TargetError(
                         f"{type(self).__name__}(placeholder_id=...) acts on an nn.Embedding; {site.name!r} is "
                         f"{type(site.module).__name__}."
+                    )
+                if self.placeholder in padding_ids(site.module, tree.model):
+                    raise PeftlibError(
+                        f"placeholder_id={self.placeholder} is the id of padding, so padded sequences would hold more "
+                        "placeholders than their template. Take an id that nothing else uses; it may lie outside the "
+                        "vocabulary."
                     )
                 found.append(replace(site, facts={"mode": "placeholder"}))
                 continue
@@ -133,27 +151,32 @@ class SoftPrompt(Method):
 @torch.no_grad()
 def start_rows(rows_PD: Tensor, init: Any, table: nn.Module | None) -> None:
     """Fill the rows: vocabulary entries, noise of the vocabulary's spread, or the entries of given ids."""
-    if rows_PD.is_meta:
-        return
     weight: Any = getattr(table, "weight", None)
-    weight = (
-        weight if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta else None
-    )
-    if not isinstance(init, str):
-        ids = torch.as_tensor(_ids(init))
+    weight = weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
+    ids = None if isinstance(init, str) else torch.as_tensor(_ids(init))
+    if ids is not None:
         if weight is None:
             raise PeftlibError(
                 "init= gives token ids, and the prompt's place has no vocabulary. Use init='normal'."
             )
-        if int(ids.max()) >= weight.shape[0] or int(ids.min()) < 0:
+        unknown = ids[(ids < 0) | (ids >= weight.shape[0])]
+        if len(unknown):
             raise PeftlibError(
-                f"init= names the token id {int(ids.max())}; the vocabulary has {weight.shape[0]}."
+                f"init= names the token id {int(unknown[0])}; the vocabulary has {weight.shape[0]}."
             )
-        rows_PD.copy_(weight[ids.to(weight.device)])
     elif init == "vocab" and weight is not None:
-        rows_PD.copy_(weight[torch.randint(weight.shape[0], (rows_PD.shape[0],)).to(weight.device)])
+        ids = torch.randint(weight.shape[0], (rows_PD.shape[0],))
+    if rows_PD.is_meta or (weight is not None and weight.is_meta):
+        return
+    if ids is not None:
+        rows_PD.copy_(weight[ids.to(weight.device)])
     else:
         nn.init.normal_(rows_PD, std=STD if weight is None else float(weight.float().std()) or STD)
+
+
+def padding_ids(table: nn.Embedding, model: nn.Module) -> set[int | None]:
+    """The ids that fill sequences up, as far as the model says."""
+    return {table.padding_idx, getattr(getattr(model, "config", None), "pad_token_id", None)}
 
 
 def _ids(init: Any) -> list[int]:

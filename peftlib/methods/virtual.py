@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftlib.errors import PeftlibError
 from peftlib.methods.base import Delta, first_argument
@@ -248,7 +249,7 @@ class Placeholder(AtEmbedding):
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ids = first_argument(args, kwargs)
         there = ids == self.placeholder_id
-        if not torch.compiler.is_compiling() and not ids.is_meta:
+        if not (torch.compiler.is_compiling() or ids.is_meta or isinstance(ids, FakeTensor)):
             counts = there.sum(-1)
             wrong = (counts != 0) & (counts != self.length)
             if wrong.any():
