@@ -36,6 +36,7 @@ from peftlib.attach import Plan, build_parts, check_name, install
 from peftlib.container import write_atomically
 from peftlib.errors import CheckpointError, PeftlibError, ProbeError
 from peftlib.methods.base import (
+    CHILD,
     Delta,
     Method,
     Site,
@@ -417,9 +418,9 @@ def _means(config: Config, targets: list[str] | str, name: str) -> bool:
         return _ends(name, targets)
     patterns = config.get("layers_pattern", (list, str), [])
     patterns = [patterns] if isinstance(patterns, str) and patterns else patterns
-    for pattern in [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] or [r".*?\.[^.]*\.(\d+)\."]:
+    for pattern in [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
         if config.search("layers_pattern", pattern, name):
-            index = int(re.match(pattern, name)[1])  # type: ignore[index]
+            index = int(re.match(pattern, name)["idx"])  # type: ignore[index]
             return index in (layers if isinstance(layers, list) else [layers])
     return False
 
@@ -570,7 +571,7 @@ def _tokens_in(
         why = method.refuses(site) or method.fits(site) or _scaled_refusal(site)
         if why is not None:
             raise config.error("trainable_token_indices", f"{name!r}: {why}.")
-        plan.append((method, method.survey([site], tree, None)))
+        plan.append((method, method.survey(method.resolve(site, tree, None), tree, None)))
         state[_key(site.name, method, "rows")] = rest.pop(key)
 
 
@@ -607,7 +608,8 @@ def _modules_in(
             for own, key in values.items():
                 state[_key(root, method, own)] = rest.pop(key)
             continue
-        surveyed += full.survey([site], tree, None) if full.refuses(site) is None else []
+        inner = full.resolve(site, tree, None)
+        surveyed += full.survey(inner, tree, None) if inner else []
         for own, key in values.items():
             owner, _, name = f"{root}.{own}".rpartition(".")
             state[_key(tree.aliases.get(owner, owner), full, name)] = rest.pop(key)
@@ -1073,7 +1075,7 @@ def _modules_out(tuning: Tuning, tree: Tree, prefix: str) -> tuple[list[str], di
             )
         # What is not trained is written as it is.
         whole = {
-            k: t for k, t in tree.modules[root].state_dict(keep_vars=True).items() if "_peft." not in f".{k}"
+            k: t for k, t in tree.modules[root].state_dict(keep_vars=True).items() if f".{CHILD}." not in f".{k}"
         }
         tensors |= {f"{prefix}{root}.{k}": t for k, t in whole.items()}
     current = tuning.state_dict()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 
 import pytest
 import safetensors.torch
@@ -135,7 +134,7 @@ def theirs(base, config):
     return model.to(next(base.parameters()).dtype).eval()
 
 
-def same(ours, other, call, base, skip=0, **bounds):
+def same(ours, other, call, base, skip=0, **close):
     """Equal outputs, and different from the base's."""
     with torch.no_grad():
         got, wanted, plain = tensor(ours(**call)), tensor(other(**call)), tensor(base(**call))
@@ -144,7 +143,7 @@ def same(ours, other, call, base, skip=0, **bounds):
         # what stands at padding is nobody's
         seen = call["attention_mask"].bool()
         got, wanted, plain = got[seen], wanted[seen], plain[seen]
-    torch.testing.assert_close(got, wanted, **bounds)
+    torch.testing.assert_close(got, wanted, **close)
     assert not torch.allclose(got, plain, atol=1e-3)
 
 
@@ -183,7 +182,7 @@ def check_out(base, method, tmp_path, call=None, targets=None, skip=0, example=N
     peftlib.hf.save(tuning, tmp_path / "ours")
     call = inputs(base) if call is None else call
     other = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
-    same(ours, other, call, base, skip)
+    same(ours, other, call, base, skip, rtol=1e-4, atol=1e-5)
     again = copy.deepcopy(base).eval()
     peftlib.hf.load(again, tmp_path / "ours")
     with torch.no_grad():
@@ -385,3 +384,365 @@ def test_prompts_and_prefixes_there_and_back(which, tmp_path):
         # Without ids HF takes the last position for the classifier, padding or not; so do these.
         call = {"input_ids": IDS}
     check_in(base, config, tmp_path, call, skip)
+
+
+OUT = {
+    "plain": (gpt2, {"c_attn": LoRA(rank=4), "mlp.c_proj": LoRA(rank=4)}, {"r": 4, "lora_alpha": 4}),
+    "mixed": (
+        llama,
+        {
+            "q_proj": LoRA(rank=4, alpha=8, use_rslora=True),
+            "layers.1.self_attn.v_proj": LoRA(rank=2, alpha=3),
+            "embed_tokens": LoRA(rank=2),
+        },
+        {"use_rslora": False},
+    ),
+    "dora": (llama, {"q_proj": LoRA(rank=4, use_dora=True)}, {"use_dora": True}),
+    "some-biases": (bert, {"query": LoRA(rank=2), "LayerNorm": BitFit()}, {"bias": "all"}),
+    "its-biases": (bert, {"query": LoRA(rank=2), "attention.self.query": BitFit()}, {"bias": "lora_only"}),
+    "head": (
+        bert,
+        {"query": LoRA(rank=2), "classifier": FullFineTuning()},
+        {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
+    ),
+    "part-of-a-head": (
+        bert,
+        {"query": LoRA(rank=2), "classifier.bias": FullFineTuning(), "pooler": FullFineTuning()},
+        {"modules_to_save": ["bert.pooler.dense", "classifier"]},
+    ),
+    "new-head": (
+        bert,
+        {"query": LoRA(rank=2), "classifier": NewHead(3)},
+        {"modules_to_save": ["classifier"]},
+    ),
+    "tokens": (
+        lambda: llama(tie_word_embeddings=True),
+        {"q_proj": LoRA(rank=2), "embed_tokens": TokenRows(ids=[12, 5])},
+        {"trainable_token_indices": {"model.embed_tokens": [12, 5]}},
+    ),
+    "one-of-many": (t5, {"encoder.block.0.layer.0.SelfAttention.q": LoRA(rank=2)}, {"r": 2}),
+    "vit": (vit, {"q_proj": LoRA(rank=2), "projection": LoRA(rank=2, alpha=5)}, {"alpha_pattern": {}}),
+}
+
+
+@pytest.mark.parametrize("which", OUT)
+def test_lora_that_was_trained_here(which, tmp_path):
+    make, method, fields = OUT[which]
+    torch.manual_seed(1)
+    written = check_out(make().double().eval(), method, tmp_path)
+    for name, value in fields.items():
+        if name == "alpha_pattern":
+            assert len(written[name]) == 1
+        else:
+            assert written[name] == value
+
+
+PREFIXED = {
+    "gpt2": (gpt2, "transformer"),
+    "llama-cls": (lambda: llama("LlamaForSequenceClassification"), "model"),
+    "bert": (lambda: bert("BertForTokenClassification"), "bert"),
+}
+
+
+@pytest.mark.parametrize("which", PREFIXED)
+def test_a_prefix_that_was_trained_here(which, tmp_path):
+    make, inside = PREFIXED[which]
+    torch.manual_seed(1)
+    base = make().double().eval()
+    method = {inside: peftlib.PrefixTuning(length=P, hidden=8), "": PositionOffset(P)}
+    check_out(base, method, tmp_path, example={"input_ids": IDS[:1]})
+
+
+@pytest.mark.parametrize("make", [gpt2, bert, t5], ids=["gpt2", "bert", "t5"])
+@pytest.mark.parametrize(
+    "method",
+    [peftlib.PromptTuning(length=P), peftlib.PTuningV1(length=P, encoder="mlp")],
+    ids=["prompt", "ptuning"],
+)
+def test_prompts_that_were_trained_here(make, method, tmp_path):
+    torch.manual_seed(1)
+    base = make().double().eval()
+    example = {k: v[:1] for k, v in inputs(base).items()}
+    written = check_out(base, method, tmp_path, skip=P if make is gpt2 else 0, example=example)
+    assert written["peft_type"] == (
+        "PROMPT_TUNING" if type(method).__name__ == "PromptTuning" else "P_TUNING"
+    )
+
+
+def test_a_prefix_generates_the_same_tokens(tmp_path):
+    torch.manual_seed(3)
+    base = llama().double().eval()
+    other = theirs(base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
+    other.save_pretrained(tmp_path)
+    ours = copy.deepcopy(base)
+    peftlib.hf.load(ours, tmp_path)
+    call = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(ours.generate(**call), other.generate(**call))
+    assert not torch.equal(ours.generate(**call), base.generate(**call))
+    # Positions that are given are moved as well, by position or keyword.
+    order = torch.arange(IDS.shape[1]).expand_as(IDS)
+    wanted = ours(IDS).logits
+    torch.testing.assert_close(ours(IDS, position_ids=order).logits, wanted)
+    torch.testing.assert_close(ours(IDS, None, order).logits, wanted)
+    torch.testing.assert_close(ours(inputs_embeds=ours.get_input_embeddings()(IDS)).logits, wanted)
+
+
+def test_training_goes_on_with_the_same_gradients(tmp_path):
+    torch.manual_seed(1)
+    base = llama().double()
+    other = theirs(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    other.save_pretrained(tmp_path)
+    ours = copy.deepcopy(base)
+    tuning = peftlib.hf.load(ours, tmp_path, name="chat")
+    assert list(peftlib.tunings(ours)) == ["chat"]
+    assert [n for n, p in ours.named_parameters() if p.requires_grad] == [
+        n for n, p in ours.named_parameters() if "lora" in n
+    ]
+    for model in (ours, other):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    mine = {n: p.grad for n, p in tuning.named_parameters()}
+    yours = {n: p.grad for n, p in other.named_parameters() if p.requires_grad}
+    assert len(mine) == len(yours) == 4
+    for name, grad in mine.items():
+        site, _, which = name.rpartition(".lora.")
+        torch.testing.assert_close(
+            grad, yours[f"base_model.model.{site}.lora_{which.upper()}.default.weight"]
+        )
+    frozen = copy.deepcopy(base)
+    assert not any(p.requires_grad for p in peftlib.hf.load(frozen, tmp_path, trainable=False).parameters())
+
+
+def test_half_precision_bases_keep_float32_adapters(tmp_path):
+    base = llama().bfloat16()
+    peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    ).save_pretrained(tmp_path)
+    tuning = peftlib.hf.load(base, tmp_path)
+    stored = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    assert stored[key].dtype == torch.float32
+    assert torch.equal(tuning.state_dict()["model.layers.0.self_attn.q_proj.lora.b"], stored[key])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A small base and a good directory for it."""
+    base = llama()
+    theirs(base, peft.LoraConfig(r=2, target_modules=["q_proj"], bias="none")).save_pretrained(tmp_path)
+    return base, tmp_path
+
+
+def edit(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"peft_type": "IA3"}, ["peft_type='IA3'", "LORA"]),
+        ({"peft_type": 3}, ["peft_type=3", "str"]),
+        ({"alora_invocation_tokens": [3, 4]}, ["alora_invocation_tokens=[3, 4]"]),
+        ({"layer_replication": [[0, 2]]}, ["layer_replication"]),
+        ({"lora_bias": True}, ["lora_bias=True"]),
+        ({"target_parameters": ["x"]}, ["target_parameters"]),
+        ({"field_of_tomorrow": {"a": 1}}, ["field_of_tomorrow"]),
+        ({"init_lora_weights": "pissa"}, ["init_lora_weights='pissa'", "base"]),
+        (
+            {"target_modules": ["q_proj", "v_proj"]},
+            ["target_modules", "no weights for 'model.layers.0.self_attn.v"],
+        ),
+        (
+            {"target_modules": ["layers.0.self_attn.q_proj"]},
+            ["target_modules", "model.layers.1.self_attn.q_proj"],
+        ),
+        ({"target_modules": "("}, ["target_modules", "regular expression"]),
+        ({"rank_pattern": {"(": 3}}, ["rank_pattern", "regular expression"]),
+        (
+            {"rank_pattern": {"q_proj": 3}},
+            ["shape of model.layers.0.self_attn.q_proj.lora.a: (2, 16)", "(3, 16)"],
+        ),
+        ({"r": 10**12}, ["(2, 16)"]),
+        ({"r": "8"}, ["r='8'", "integer"]),
+        ({"lora_alpha": float("nan")}, ["lora_alpha"]),
+        ({"use_dora": True}, ["lora_magnitude_vector"]),
+        ({"modules_to_save": ["lm_head"]}, ["modules_to_save", "no weights for 'lm_head'"]),
+        ({"bias": "some"}, ["bias='some'"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_configurations_that_are_refused(saved, fields, words):
+    base, folder = saved
+    edit(folder, **fields)
+    refused(base, folder, *words)
+
+
+def test_damaged_and_missing_files_are_refused(saved):
+    base, folder = saved
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    good = {path: path.read_bytes() for path in (config, weights)}
+    for path, data, word in [
+        (config, b"{", "JSON"),
+        (config, b"\xff\xfe", "JSON"),
+        (config, b"[" * 100_000, "JSON"),
+        (config, b"[1]", "list"),
+        (config, b"{}", "peft_type"),
+        (weights, good[weights][:-8], "safetensors"),
+        (weights, b"\xff" * 64, "safetensors"),
+        (weights, b"", "safetensors"),
+    ]:
+        path.write_bytes(data)
+        refused(base, folder, word)
+        path.write_bytes(good[path])
+    tensors = safetensors.torch.load_file(weights)
+    key = next(iter(tensors))
+    for changed, word in [
+        ({key.replace("layers.0", "layers.7"): tensors[key]}, "layers.7"),
+        ({"other." + key: tensors[key]}, "other."),
+        ({key: tensors[key][:1]}, "(1, 16)"),
+        ({key: tensors[key].int()}, "int32"),
+        ({"base_model.model.model.norm.weight": torch.zeros(16)}, "base's 'model.norm.weight'"),
+        ({"base_model.model.model.norm.bias": torch.zeros(16)}, "model.norm.bias"),
+    ]:
+        safetensors.torch.save_file({k: t.clone() for k, t in {**tensors, **changed}.items()}, weights)
+        refused(base, folder, word)
+    del tensors[key]
+    safetensors.torch.save_file(tensors, weights)
+    refused(base, folder, "lora_A")
+    weights.rename(folder / "adapter_model.bin")
+    refused(base, folder, "adapter_model.bin", "Convert")
+    config.unlink()
+    refused(base, folder, "adapter_config.json")
+    config.write_bytes(good[config])
+    (folder / "adapter_model.bin").rename(weights)
+    weights.write_bytes(good[weights])
+    peftlib.hf.load(base, folder)
+    with pytest.raises(PeftlibError, match="default"):
+        peftlib.hf.load(base, folder)
+
+
+@pytest.mark.parametrize(
+    "make, kind, task, word",
+    [
+        (t5, "PrefixTuningConfig", "SEQ_2_SEQ_LM", "num_transformer_submodules"),
+        (lambda: llama(), "PrefixTuningConfig", "CAUSAL_LM", "num_layers"),
+    ],
+    ids=["t5", "layers"],
+)
+def test_prefixes_that_are_refused(make, kind, task, word, tmp_path):
+    base = make().eval()
+    theirs(base, getattr(peft, kind)(task_type=task, num_virtual_tokens=P)).save_pretrained(tmp_path)
+    if word == "num_layers":
+        base.model.layers.append(copy.deepcopy(base.model.layers[0]))
+        base.model.layers[2].self_attn.layer_idx = 2
+        base.config.num_hidden_layers = 3
+    refused(base, tmp_path, word)
+
+
+def test_models_that_count_positions_from_the_mask_get_no_prefix(tmp_path):
+    config = transformers.OPTConfig(
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        word_embed_proj_dim=16,
+        vocab_size=40,
+    )
+    base = transformers.OPTForCausalLM(config).eval()
+    theirs(base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).save_pretrained(
+        tmp_path
+    )
+    refused(base, tmp_path, "padded")
+
+
+def test_prompts_need_a_task_and_a_forward(tmp_path):
+    base = llama()
+    theirs(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).save_pretrained(
+        tmp_path
+    )
+    edit(tmp_path, task_type=None)
+    refused(base, tmp_path, "task_type")
+    edit(tmp_path, task_type="CAUSAL_LM", num_virtual_tokens=5)
+    refused(base, tmp_path, "num_virtual_tokens")
+    edit(tmp_path, num_virtual_tokens=P)
+    refused(nn.Sequential(nn.Embedding(40, 16)), tmp_path, "example")
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 8)
+        self.wide = nn.Conv1d(8, 8, 3, dilation=2, padding=2)
+
+    def forward(self, x):
+        return self.wide(self.out(self.mix(x, x, x)[0]).mT).mT
+
+
+@pytest.mark.parametrize(
+    "method, word",
+    [
+        ({"out": peftlib.Adapter(dim=2)}, "Adapter"),
+        ({"out": LoRA(rank=2), "mix.out_proj": peftlib.Adapter(dim=2)}, "mix.out_proj"),
+        ({"mix": LoRA(rank=2)}, "MultiheadAttention"),
+        ({"wide": LoRA(rank=2)}, "dilation"),
+        ({"out.weight": LoRA(rank=2)}, "target_parameters"),
+        ({"out": LoRA(rank=2, rows=[(0, 4)])}, "rows"),
+        ({"out": LoRA(rank=2), "mix": FullFineTuning(), "": BitFit()}, "in_proj_bias"),
+        ({"out": LoRA(rank=2), "wide": LoRA(rank=2, dropout=0.5)}, "dilation"),
+        ({"out": LoRA(rank=2), "mix.out_proj": NewHead(5)}, "shape"),
+        ({"mix": peftlib.PrefixTuning(length=2)}, "PositionOffset(2)"),
+    ],
+    ids=[
+        "adapter",
+        "beside",
+        "attention",
+        "dilated",
+        "parameter",
+        "rows",
+        "biases",
+        "conv",
+        "shape",
+        "prefix",
+    ],
+)
+def test_tunings_that_are_not_written(method, word, tmp_path):
+    model = Attention()
+    tuning = peftlib.attach(model, method, example=torch.randn(1, 4, 8))
+    with pytest.raises(PeftlibError) as caught:
+        peftlib.hf.save(tuning, tmp_path / "new")
+    assert word in str(caught.value), str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_mixed_settings_that_hf_has_once_are_not_written(tmp_path):
+    for one, other, word in [
+        (LoRA(rank=2, dropout=0.1), LoRA(rank=2), "lora_dropout"),
+        (LoRA(rank=2, use_dora=True), LoRA(rank=2), "use_dora"),
+    ]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        with pytest.raises(PeftlibError, match=word):
+            peftlib.hf.save(peftlib.attach(model, {"0": one, "1": other}), tmp_path / "new")
+
+
+def test_saving_makes_and_replaces_a_directory(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    tuning = peftlib.attach(model, LoRA(rank=2), targets="0")
+    folder = tmp_path / "a" / "b"
+    for _ in range(2):
+        randomize(tuning.parameters())
+        peftlib.hf.save(tuning, folder)
+        assert sorted(p.name for p in folder.iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+        assert [p.name for p in folder.parent.iterdir()] == ["b"]
+        again = nn.Sequential(nn.Linear(4, 4))
+        loaded = peftlib.hf.load(again, folder)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), tuning.parameters(), strict=True))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PeftlibError, match="is a file"):
+        peftlib.hf.save(tuning, tmp_path / "file")
+    tuning.detach()
+    with pytest.raises(PeftlibError, match="detached"):
+        peftlib.hf.save(tuning, folder)
