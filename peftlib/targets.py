@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ class Tree:
         self.aliases: dict[str, str] = {}
         self._names: dict[int, str] = {}
         self._visit(model, "", frozenset())
+        self._places = {name: i for i, name in enumerate(self.aliases)}
         lazy = [n for n, _, _, p in self.parameters() if isinstance(p, UninitializedParameter)]
         if lazy:
             raise TargetError(
@@ -79,16 +81,26 @@ class Tree:
             return Site(name, self.modules[owner], parameter, self.model)
         raise TargetError(self.near_miss(name))
 
+    def place(self, site: Site) -> int:
+        """Where a site stands in the order of the modules; a parameter, at its owner."""
+        name = site.name if site.parameter is None else site.name.rpartition(".")[0]
+        return self._places[self.aliases[name]]
+
     def sites(self) -> Iterator[Site]:
         for name, module in self.modules.items():
             yield Site(name, module, None, self.model)
 
     def inside(self, name: str) -> Iterator[Site]:
-        """The sites below a module, itself included."""
+        """The sites below a module, itself included, each once; what is shared with another module, too."""
         prefix = f"{name}." if name else ""
-        for site in self.sites():
-            if site.name == name or site.name.startswith(prefix):
-                yield site
+        found: dict[str, None] = {}
+        # Names stand in the order of a walk from the root, so those below one name stand together.
+        for own in itertools.islice(self.aliases, self._places[name], None):
+            if own != name and not own.startswith(prefix):
+                break
+            found[self.aliases[own]] = None
+        for first in found:
+            yield Site(first, self.modules[first], None, self.model)
 
     def projections(self, name: str) -> list[Site]:
         """The linears of an ``nn.MultiheadAttention``: q, k, v (virtual) and out."""
@@ -289,9 +301,8 @@ def select(
             if not kept:
                 raise TargetError(f"The target {describe(target)} is wholly excluded by the '!...' targets.")
             why = method.why_unresolved(kept[0], probe)
-            inner = [
-                s.name for s in tree.inside(kept[0].name) if s.name != kept[0].name and not method.refuses(s)
-            ]
+            below = tree.inside(kept[0].name) if kept[0].parameter is None else ()
+            inner = [s.name for s in below if s.name != kept[0].name and not method.refuses(s)]
             hint = f" Inside it, these can be targeted: {', '.join(map(repr, inner[:4]))}." if inner else ""
             raise TargetError(
                 f"The target {describe(target)} matches {len(kept)} place(s), none of which can carry "
@@ -299,8 +310,7 @@ def select(
             )
         for site in good:
             found.setdefault(site.name, site)
-    ranks = {name: i for i, name in enumerate(tree.modules)}
-    sites = sorted(found.values(), key=lambda s: ranks.get(s.name, ranks.get(s.name.rpartition(".")[0], 0)))
+    sites = sorted(found.values(), key=tree.place)
     for site in sites:
         why = method.fits(site)
         if why is not None:
