@@ -29,6 +29,7 @@ KINDS = (
     "padding_mask",
     "loss_mask",
     "positions",
+    "lengths",
     "offset",
     "types",
     "labels",
@@ -36,7 +37,8 @@ KINDS = (
     "skip",
 )
 """What an argument can be: ``mask`` marks what is seen (or adds to scores), ``padding_mask`` what is ignored,
-``loss_mask`` what is learned from; ``offset`` is how many positions the cache holds; ``types`` are 0 at the prompt."""
+``loss_mask`` what is learned from; ``lengths`` count the positions of each sequence, ``offset`` those that the cache
+holds; ``types`` are 0 at the prompt."""
 
 DECODER = ("decoder_", "tgt")
 """How names of a decoder's arguments begin."""
@@ -83,6 +85,8 @@ class Layout:
         low = name.lower()
         if self.is_cache(name, value):
             return "cache"
+        if _counts(low, value, shape):
+            return "skip" if low.startswith(self._other_side()) else "lengths"
         if not isinstance(value, Tensor) or not value.dim():
             return "skip"
         length = shape[self.axis]
@@ -196,6 +200,11 @@ def lengthen(
     changed: dict[str, Any] = {name: call[name] + extra for name in offsets if past}
     for name, value in call.items():
         kind = "embeds" if name == main and embedded else layout.kind_of(name, value, shape, past)
+        if kind == "lengths":
+            changed[name] = (
+                value + extra if isinstance(value, (Tensor, int)) else type(value)([n + extra for n in value])
+            )
+            continue
         if not isinstance(value, Tensor) or name in offsets or kind in ("skip", "cache", "offset"):
             continue
         if kind in ("mask", "padding_mask"):
@@ -272,6 +281,15 @@ def _masks_of_memory(layout: Layout, call: Mapping[str, Any], extra: int) -> dic
 def _mask_kind(name: str) -> str:
     low = name.lower()
     return "padding_mask" if "padding" in low or "pad_mask" in low else "mask"
+
+
+def _counts(name: str, value: Any, shape: Shape) -> bool:
+    """Whether an argument counts the positions of each sequence of a batch."""
+    if "len" not in name or "label" in name or "target" in name or len(shape) != 2:
+        return False
+    if isinstance(value, Tensor):
+        return value.dim() == 1 and len(value) in shape and not value.is_floating_point()
+    return isinstance(value, (list, tuple)) and len(value) in shape and all(type(n) is int for n in value)
 
 
 def _axis_of(value: Tensor, shape: Shape, axis: int) -> int | None:

@@ -213,6 +213,14 @@ def test_an_argument_told_by_name_and_shape(name):
     assert torch.equal(changed[name], expected)
 
 
+@pytest.mark.parametrize("name", ["lengths", "seq_lens", "src_len"])
+@pytest.mark.parametrize("value", [torch.tensor([5, 2]), [5, 2], (5, 2)], ids=["tensor", "list", "tuple"])
+def test_lengths_count_the_prompt(name, value):
+    changed = longer_by(ids_layout, **{name: value})[name]
+    assert type(changed) is type(value)
+    assert list(changed) == [5 + P, 2 + P]
+
+
 UNTOUCHED = {
     "labels": torch.tensor([0, 1]),  # classes of sequences
     "label_ids": torch.randn(B, 4),
@@ -223,7 +231,10 @@ UNTOUCHED = {
     "encoder_hidden_states": torch.randn(B, T, 4),
     "encoder_attention_mask": PAD,
     "tgt_mask": torch.ones(T, T),
-    "lengths": torch.tensor([3, 4]),
+    "max_length": 7,
+    "label_lengths": torch.tensor([3, 4]),
+    "tgt_lengths": [3, 4],
+    "lens": torch.tensor([0.5, 0.7]),
     "temperature": torch.tensor(1.0),
     "past_key_values": None,
     "use_cache": True,
@@ -259,7 +270,7 @@ def test_an_unknown_argument_along_the_sequence_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    "kind", [k for k in KINDS if k not in ("embeds", "labels", "cache", "offset", "skip")]
+    "kind", [k for k in KINDS if k not in ("embeds", "labels", "cache", "lengths", "offset", "skip")]
 )
 def test_a_named_kind_decides(kind):
     value = torch.ones(B, T, dtype=INT)
