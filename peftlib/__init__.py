@@ -1,24 +1,31 @@
 """Parameter-efficient fine-tuning of any ``nn.Module``."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# What attaching LoRA needs is imported at once, so that the first attach costs what the next does; the rest at its
+# first use, so that the import costs little beside torch's own.
 from peftlib.attach import attach
-from peftlib.checkpoint import load
 from peftlib.errors import PeftlibError
-from peftlib.memory import MemoryReport, estimate_memory, measure_memory
-from peftlib.methods import (
-    Adapter,
-    BitFit,
-    FullFineTuning,
-    LoRA,
-    NewHead,
-    PartialFineTuning,
-    PrefixTuning,
-    PromptTuning,
-    PTuningV1,
-    PTuningV2,
-    TokenRows,
-)
-from peftlib.overview import inspect, summary
+from peftlib.methods.full import FullFineTuning
+from peftlib.methods.lora import LoRA
+from peftlib.methods.new_head import NewHead
 from peftlib.tuning import Tuning, tunings, use
+
+if TYPE_CHECKING:
+    from peftlib.checkpoint import load
+    from peftlib.memory import MemoryReport, estimate_memory, measure_memory
+    from peftlib.methods.adapter import Adapter
+    from peftlib.methods.bitfit import BitFit
+    from peftlib.methods.partial import PartialFineTuning
+    from peftlib.methods.prefix import PrefixTuning
+    from peftlib.methods.prompt import PromptTuning
+    from peftlib.methods.ptuning_v1 import PTuningV1
+    from peftlib.methods.ptuning_v2 import PTuningV2
+    from peftlib.methods.token_rows import TokenRows
+    from peftlib.overview import inspect, summary
 
 __version__ = "0.1.0"
 
@@ -46,3 +53,29 @@ __all__ = [
     "tunings",
     "use",
 ]
+
+_LATER = {
+    "load": "checkpoint",
+    "MemoryReport": "memory",
+    "estimate_memory": "memory",
+    "measure_memory": "memory",
+    "inspect": "overview",
+    "summary": "overview",
+}
+
+_PARTS = ("hf",)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return importlib.import_module(f"{__name__}.{name}")
+    home = _LATER.get(name, "methods" if name in __all__ else None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,7 @@ Everything that can be wrong is found before the model is touched; what fails af
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -15,10 +15,12 @@ from peftlib.methods.base import Method, Site
 from peftlib.methods.full import FullFineTuning
 from peftlib.methods.new_head import NewHead
 from peftlib.open_attention import Projection
-from peftlib.probe import Probe
 from peftlib.site import can_open_attention, close_host, open_host, set_active
 from peftlib.targets import Tree, describe, select
 from peftlib.tuning import TUNINGS, Part, Tuning, hold_flags, registry, restore_flags
+
+if TYPE_CHECKING:
+    from peftlib.probe import Probe
 
 Plan = list[tuple[Method, list[Site]]]
 """What to build: each method with its sites, in the order in which their deltas shall run."""
@@ -71,7 +73,7 @@ def attach(
     """
     _check_arguments(model, method, targets, name)
     tree = Tree(model)
-    probe = Probe(model, example) if example is not None else None
+    probe = _probe(model, example) if example is not None else None
     plan: Plan = []
     skipped: dict[str, str] = {}
     for wanted, one in _requests(method, targets):
@@ -82,7 +84,7 @@ def attach(
                     f"{type(one).__name__} has to see one forward to know its sites: pass example= (a tensor, a tuple "
                     "of positional arguments, or a dict of keyword arguments). It is used once, under fake tensors."
                 )
-            probe = Probe(model, example)
+            probe = _probe(model, example)
         sites, left_out = select(one, wanted, tree, probe)
         skipped |= left_out
         plan.append((one, one.survey(sites, tree, probe)))
@@ -258,6 +260,13 @@ def _head_requests(method: Method, tree: Tree, probe: Probe | None) -> Iterator[
         yield from _requests(head, None)
     else:
         yield head if isinstance(head, (list, tuple)) else [head], FullFineTuning()
+
+
+def _probe(model: nn.Module, example: Any) -> Probe:
+    # Imported where it is needed: attaching to attributes alone, the common case, does without.
+    from peftlib.probe import Probe
+
+    return Probe(model, example)
 
 
 def _stand_in(model: nn.Module) -> Any:

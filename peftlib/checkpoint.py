@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlib import methods
 from peftlib.attach import Plan, build_parts, check_name, install
 from peftlib.container import read, write
 from peftlib.errors import CheckpointError
@@ -173,10 +174,12 @@ def _encode(method: Method) -> dict[str, Any]:
 
 
 def _decode(kind: str, config: Mapping[str, Any]) -> Method:
+    if kind in methods.HOME:
+        getattr(methods, kind)  # imports its file
     if kind not in METHODS:
         raise CheckpointError(
             f"The file names the method {kind!r}, which this program does not have. It has: "
-            f"{', '.join(sorted(METHODS))}. A method of your own must be imported before loading."
+            f"{', '.join(sorted({*methods.HOME, *METHODS}))}. A method of your own must be imported before loading."
         )
     known = {f.name for f in dataclasses.fields(METHODS[kind])}
     unknown = set(config) - known

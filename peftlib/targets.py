@@ -12,7 +12,7 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -20,8 +20,10 @@ from torch.nn.parameter import UninitializedParameter
 from peftlib.errors import TargetError
 from peftlib.methods.base import CHILD, Method, Site, plain_class
 from peftlib.open_attention import Projection
-from peftlib.probe import Probe
 from peftlib.site import can_open_attention
+
+if TYPE_CHECKING:
+    from peftlib.probe import Probe
 
 ATTENTION_CHILDREN = ("q_proj", "k_proj", "v_proj", "out_proj")
 

@@ -1,27 +1,30 @@
-"""One file per method; ``base`` holds the signature they share."""
+"""One file per method; ``base`` holds the signature they share. A method's file is imported at its first use."""
 
-from peftlib.methods.adapter import Adapter
-from peftlib.methods.bitfit import BitFit
-from peftlib.methods.full import FullFineTuning
-from peftlib.methods.lora import LoRA
-from peftlib.methods.new_head import NewHead
-from peftlib.methods.partial import PartialFineTuning
-from peftlib.methods.prefix import PrefixTuning
-from peftlib.methods.prompt import PromptTuning
-from peftlib.methods.ptuning_v1 import PTuningV1
-from peftlib.methods.ptuning_v2 import PTuningV2
-from peftlib.methods.token_rows import TokenRows
+from __future__ import annotations
 
-__all__ = [
-    "Adapter",
-    "BitFit",
-    "FullFineTuning",
-    "LoRA",
-    "NewHead",
-    "PTuningV1",
-    "PTuningV2",
-    "PartialFineTuning",
-    "PrefixTuning",
-    "PromptTuning",
-    "TokenRows",
-]
+import importlib
+from typing import Any
+
+HOME = {  # public name -> file; a file that names a method may make it be imported, and nothing else
+    "Adapter": "adapter",
+    "BitFit": "bitfit",
+    "FullFineTuning": "full",
+    "LoRA": "lora",
+    "NewHead": "new_head",
+    "PTuningV1": "ptuning_v1",
+    "PTuningV2": "ptuning_v2",
+    "PartialFineTuning": "partial",
+    "PrefixTuning": "prefix",
+    "PromptTuning": "prompt",
+    "TokenRows": "token_rows",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *HOME])
