@@ -22,7 +22,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ from peftlib.methods.base import (
     Method,
     Site,
     check_positive_int,
+    first_argument,
     first_tensor,
     plain_class,
     without_values,
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+"""Last parts of the names that HF's models give their tables of learned positions."""
 _HEADS = ("classifier", "score")
 """Endings of the task heads that HF trains and saves with any tuning of a classification task."""
 _ABOUT = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
@@ -89,6 +92,9 @@ _PROMPT_FIELDS = {
 _KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base's weights as they are."""
 _PROMPT_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")
+_FUSED = (
+    "HF adapts the fused projection of nn.MultiheadAttention with one matrix, peftlib q, k and v separately"
+)
 _LORA_KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\.(?:(?P<role>lora_[AB])\.weight|(?P<bare>lora_embedding_[AB]|"
     r"lora_magnitude_vector)(?:\.weight)?)"
@@ -97,6 +103,21 @@ _TOKENS_KEY = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta
 
 
 # --- positions after a cached prefix -----------------------------------------------------------------------------
+
+
+class Moved(Delta):
+    """At the table of learned positions: row P + i instead of i."""
+
+    def __init__(self, offset: int):
+        super().__init__()
+        self.offset = offset
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        positions = first_argument(args, kwargs)
+        return base(positions + self.offset)
+
+    def merged(self) -> Any:
+        raise PeftlibError("A position offset cannot be merged: it is no change of a weight.")
 
 
 class Shift(Delta):
@@ -141,11 +162,15 @@ class PositionOffset(Method):
     P; :class:`PrefixTuning` alone leaves it at 0. Together they are HF's prefix tuning:
     ``{"model": PrefixTuning(length=8, hidden=None), "": PositionOffset(8)}``.
 
+    Default site: the root. A model that counts its positions in its own way (RoBERTa does) takes it at its table of
+    positions instead.
+
     Args:
         offset: P.
 
     Raises:
-        PeftlibError: the offset is no positive integer, or the module's forward takes no ``position_ids``.
+        PeftlibError: the offset is no positive integer, or the site is no ``nn.Embedding`` and its forward takes no
+            ``position_ids``.
 
     Example:
         >>> import torch, peftlib
@@ -165,7 +190,9 @@ class PositionOffset(Method):
         check_positive_int("PositionOffset", offset=self.offset)
 
     def refuses(self, site: Site) -> str | None:
-        if site.parameter is not None or "position_ids" not in _arguments(site.module):
+        if site.parameter is not None or not (
+            _is_table(site.module) or "position_ids" in _arguments(site.module)
+        ):
             return "its forward takes no position_ids, so the positions cannot be moved from outside"
         return None
 
@@ -173,7 +200,13 @@ class PositionOffset(Method):
         return [tree.site("")]
 
     def build(self, sites: Sequence[Site]) -> dict[str, Delta]:
-        return {site.name: Shift(site.module, self.offset) for site in sites}
+        return {
+            s.name: Moved(self.offset) if _is_table(s.module) else Shift(s.module, self.offset) for s in sites
+        }
+
+
+def _is_table(module: nn.Module) -> bool:
+    return plain_class(module) is nn.Embedding
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -356,6 +389,15 @@ def _read_lora(config: Config, tensors: Mapping[str, Tensor], tree: Tree) -> tup
         else:
             found.setdefault(hit["module"], {})[hit["role"] or hit["bare"]] = tensor
     unknown = [n for n in found if n not in tree.modules]
+    fused = [
+        n
+        for n in unknown
+        if isinstance(tree.modules.get(n.partition(".base_layer.")[0]), nn.MultiheadAttention)
+    ]
+    if fused:
+        raise config.error(
+            "target_modules", f"{fused[0].partition('.base_layer.')[0]!r} cannot be read: {_FUSED}."
+        )
     if unknown:
         raise CheckpointError(
             f"{config.weights} has LoRA of {unknown[0]!r}, which {type(tree.model).__name__} does not have "
@@ -478,7 +520,7 @@ def _lora_method(config: Config, site: Site, roles: Mapping[str, Tensor]) -> LoR
     if own_dtype in (torch.float16, torch.bfloat16) and torch.promote_types(own_dtype, given) != own_dtype:
         method = replace(method, dtype=given)
     why = (
-        "HF adapts the fused projection of nn.MultiheadAttention with one matrix, peftlib q, k and v separately"
+        _FUSED
         if isinstance(host, nn.MultiheadAttention)
         else method.refuses(site) or _conv_refusal(site) or _scaled_refusal(site)
     )
@@ -580,8 +622,8 @@ def _modules_in(
 ) -> None:
     """Modules that are trained and saved whole."""
     roots = _saved_roots(tree, config.names("modules_to_save"))
-    inside = {n for root in roots for n in tree.modules if n == root or n.startswith(f"{root}.")}
     full = FullFineTuning()
+    copied: set[str] = set()
     surveyed: list[Site] = []
     for root in roots:
         values = {k[len(root) + 1 :]: k for k in rest if k.startswith(f"{root}.")}
@@ -593,7 +635,7 @@ def _modules_in(
         if not values:
             raise config.error("modules_to_save", f"there are no weights for {root!r}.")
         site = tree.site(root)
-        if _shared_with(tree, inside) & _parameter_ids(site.module):
+        if _is_shared(tree, root, copied):
             shape = linear_shape(site.module)
             if shape is None or is_transposed(site.module):
                 raise config.error(
@@ -604,7 +646,7 @@ def _modules_in(
             # A copy of its own, and the shared weight stays.
             method: Method = NewHead(shape[1], bias=site.module._parameters.get("bias") is not None)
             plan.append((method, [site]))
-            inside -= {root}
+            copied.add(root)
             for own, key in values.items():
                 state[_key(root, method, own)] = rest.pop(key)
             continue
@@ -629,21 +671,15 @@ def _saved_roots(tree: Tree, ends: Sequence[str]) -> list[str]:
     return sorted(roots, key=lambda n: isinstance(tree.modules[n], nn.Embedding))
 
 
-def _parameter_ids(module: nn.Module) -> set[int]:
-    return {id(p) for p in module.parameters()}
-
-
-def _shared_with(tree: Tree, inside: set[str]) -> set[int]:
-    """Parameters that modules of the given names share with others."""
-    here = {id(p) for n in inside for p in tree.modules[n]._parameters.values() if p is not None}
-    there = {
-        id(p)
+def _is_shared(tree: Tree, root: str, copied: Container[str]) -> bool:
+    """Whether a module shares a parameter with one outside that has no copy of its own."""
+    own = {id(p) for p in tree.modules[root].parameters()}
+    return any(
+        id(p) in own
         for n, m in tree.modules.items()
-        if n not in inside
+        if n != root and not n.startswith(f"{root}.") and n not in copied
         for p in m._parameters.values()
-        if p is not None
-    }
-    return here & there
+    )
 
 
 def _biases_in(
@@ -760,7 +796,7 @@ def _prefix_in(
             "in an encoder-decoder HF's prefix is a cache of the decoder, whose positions (and, in T5, biases of the "
             "prefix itself) follow from it and cannot be given from outside.",
         )
-    _check_positions(config, tree.model, example)
+    counted = _counted_at(config, tree, example)
     heads = config.count("num_attention_heads")
     method = PrefixTuning(length=length, hidden=None)
     sites = method.survey(method.default_sites(tree, probe), tree, probe)
@@ -786,11 +822,15 @@ def _prefix_in(
     for i, site in enumerate(sites):
         state[_key(site.name, method, "key")] = split[:, i, 0]
         state[_key(site.name, method, "value")] = split[:, i, 1]
-    return [(method, sites), (PositionOffset(length), [tree.site("")])]
+    return [(method, sites), (PositionOffset(length), [tree.site(counted)])]
 
 
-def _check_positions(config: Config, model: nn.Module, example: Any) -> None:
-    """Refuse models in which HF's cached prefix does something else than move the real tokens by P positions."""
+def _counted_at(config: Config, tree: Tree, example: Any) -> str:
+    """Where positions can be moved as HF's cached prefix moves them: the root, or a table of positions.
+
+    Refuses models in which that prefix does something else.
+    """
+    model = tree.model
     settings = getattr(model, "config", None)
     if getattr(settings, "sliding_window", None) is not None:
         raise config.error("peft_type", "the model's sliding_window would move over a cached prefix.")
@@ -806,7 +846,7 @@ def _check_positions(config: Config, model: nn.Module, example: Any) -> None:
     if not isinstance(ids, Tensor) or ids.dim() < 2:
         raise ProbeError("A prefix needs an example with input_ids, as a tensor or a dict.")
     if any(t.is_meta for t in model.parameters()):
-        return
+        return ""
     mask = torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
     mask[:, 0] = 0
     call: dict[str, Any] = {
@@ -822,12 +862,20 @@ def _check_positions(config: Config, model: nn.Module, example: Any) -> None:
     finally:
         for module, mode in modes:
             module.training = mode
-    if plain is None or told is None or not torch.allclose(plain[:, -1], told[:, -1], rtol=1e-3, atol=1e-5):
-        raise config.error(
-            "peft_type",
-            f"HF's cached prefix moves the positions that {type(model).__name__} counts by itself, and these are not "
-            "0, 1, 2, ... for a padded input, so that moving position_ids is not the same.",
-        )
+    if (
+        plain is not None
+        and told is not None
+        and torch.allclose(plain[:, -1], told[:, -1], rtol=1e-3, atol=1e-5)
+    ):
+        return ""
+    tables = [n for n, m in tree.modules.items() if n.rpartition(".")[2] in _POSITIONS and _is_table(m)]
+    if len(tables) == 1:
+        return tables[0]
+    raise config.error(
+        "peft_type",
+        f"HF's cached prefix moves the positions that {type(model).__name__} counts by itself, and these are not "
+        "0, 1, 2, ... for a padded input, so that moving position_ids is not the same.",
+    )
 
 
 def _one_row(model: nn.Module, example: Any) -> Any:
@@ -946,20 +994,25 @@ def _lora_out(tuning: Tuning, tree: Tree) -> tuple[dict[str, Any], dict[str, Ten
     alphas = {n: _exact(s * (math.sqrt(ranks[n]) if rslora else ranks[n])) for n, s in scales.items()}
     rank, alpha = _most(ranks.values()), _most(alphas.values())
     names = [p.name for p in adapted]
-    modules, saved = _modules_out(tuning, tree, "base_model.model.")
+    task = _task(tuning.model)
+    # A classification task makes HF look for its whole head in the directory, trained here or not.
+    heads = _saved_roots(tree, _HEADS) if task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else []
+    trained = [
+        p.name for p in tuning.parts if isinstance(p.method, (FullFineTuning, PartialFineTuning, NewHead))
+    ]
+    if not any(_within(n, heads) for n in trained) or any(_within(n, heads) for n in names):
+        heads = []
+    modules, saved = _modules_out(tuning, tree, "base_model.model.", heads)
+    if task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not heads:
+        task = None
     for name in names:
-        if any(name == m or name.startswith(f"{m}.") for m in modules):
+        if _within(name, modules):
             raise CheckpointError(
                 f"{name!r} carries LoRA inside a module that is trained whole; HF's modules_to_save excludes that."
             )
     bias, biases = _biases_out(tuning, tree, names)
     tokens, rows = _tokens_out(tuning, tree)
     tensors |= saved | biases | rows
-    task = _task(tuning.model)
-    if task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
-        # A classification task makes HF look for its head in the directory.
-        heads = _saved_roots(tree, _HEADS)
-        task = task if heads and set(heads) <= set(modules) else None
     values = {
         "peft_type": "LORA",
         "task_type": task,
@@ -992,7 +1045,7 @@ def _lora_tensors(part: Part) -> tuple[dict[str, Tensor], int]:
     if isinstance(host, Projection) or isinstance(
         part.opened[0] if part.opened else None, nn.MultiheadAttention
     ):
-        raise _refusal(part, "HF adapts the fused projection of nn.MultiheadAttention with one matrix")
+        raise _refusal(part, _FUSED)
     if not part.name:
         raise _refusal(part, "HF adapts the parts of a model, not its root")
     if method.rows:
@@ -1041,10 +1094,16 @@ def _target_names(tree: Tree, names: Sequence[str], modules: Sequence[str]) -> l
     return "|".join(re.escape(n) for n in sorted(names))
 
 
-def _modules_out(tuning: Tuning, tree: Tree, prefix: str) -> tuple[list[str], dict[str, Tensor]]:
-    """Whole modules: full or partial fine-tuning, and new heads of the old shape."""
+def _within(name: str, roots: Iterable[str]) -> bool:
+    return any(name == r or name.startswith(f"{r}.") for r in roots)
+
+
+def _modules_out(
+    tuning: Tuning, tree: Tree, prefix: str, also: Sequence[str]
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Whole modules: full or partial fine-tuning, new heads of the old shape, and those that HF wants anyway."""
     tensors: dict[str, Tensor] = {}
-    owners: set[str] = set()
+    owners = set(also)
     heads: set[str] = set()
     for part in tuning.parts:
         method = part.method
@@ -1065,17 +1124,17 @@ def _modules_out(tuning: Tuning, tree: Tree, prefix: str) -> tuple[list[str], di
             "The whole model is trained; that is a checkpoint of the model, not an adapter for HF peft."
         )
     roots = [n for n in tree.modules if n in owners and not any(n.startswith(f"{o}.") for o in owners)]
-    inside = {n for r in roots for n in tree.modules if n == r or n.startswith(f"{r}.")}
-    shared = _shared_with(tree, inside - heads)
     for root in roots:
-        if root not in heads and shared & _parameter_ids(tree.modules[root]):
+        if root not in heads and _is_shared(tree, root, heads):
             raise CheckpointError(
                 f"{root!r} is trained whole and shares a weight with another module; HF would train a copy and leave "
                 "the other as it was. Untie them first."
             )
         # What is not trained is written as it is.
         whole = {
-            k: t for k, t in tree.modules[root].state_dict(keep_vars=True).items() if f".{CHILD}." not in f".{k}"
+            k: t
+            for k, t in tree.modules[root].state_dict(keep_vars=True).items()
+            if f".{CHILD}." not in f".{k}"
         }
         tensors |= {f"{prefix}{root}.{k}": t for k, t in whole.items()}
     current = tuning.state_dict()
@@ -1148,14 +1207,9 @@ def _virtual_out(tuning: Tuning, tree: Tree) -> tuple[dict[str, Any], dict[str, 
     if len({id(p.method) for p in parts}) != 1:
         raise CheckpointError("HF's format holds one prompt or one prefix; this tuning has several.")
     task = _task(tuning.model) or "FEATURE_EXTRACTION"
-    modules, tensors = _modules_out(tuning, tree, "base_model.")
-    if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
-        for root in _saved_roots(tree, (*_HEADS, *(["qa_outputs"] if task == "QUESTION_ANS" else []))):
-            # HF looks for the head of such a task in the directory; an untrained one is written as it is.
-            if root not in modules:
-                modules.append(root)
-                whole = tree.modules[root].state_dict(keep_vars=True)
-                tensors |= {f"base_model.{root}.{k}": t for k, t in whole.items()}
+    # HF looks for the head of a classification task in the directory; an untrained one is written as it is.
+    ends = {"SEQ_CLS": _HEADS, "TOKEN_CLS": _HEADS, "QUESTION_ANS": ("qa_outputs",)}.get(task)
+    modules, tensors = _modules_out(tuning, tree, "base_model.", _saved_roots(tree, ends) if ends else [])
     method = parts[0].method
     with torch.no_grad():
         if isinstance(method, SoftPrompt):
@@ -1194,7 +1248,7 @@ def _prefix_out(
 ) -> tuple[dict[str, Any], Tensor]:
     if task == "SEQ_2_SEQ_LM":
         raise _refusal(parts[0], "HF's prefix of an encoder-decoder is a cache of its decoder alone")
-    offsets = [p.method.offset for p in tuning.parts if isinstance(p.method, PositionOffset) and not p.name]
+    offsets = [p.method.offset for p in tuning.parts if isinstance(p.method, PositionOffset)]
     if offsets != [method.length]:
         raise _refusal(
             parts[0],

@@ -73,6 +73,35 @@ def bert(cls="BertForSequenceClassification", **more):
     return getattr(transformers, cls)(config)
 
 
+def roberta(**more):
+    config = transformers.RobertaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        num_labels=3,
+        **small(**more),
+    )
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def bart():
+    config = transformers.BartConfig(
+        d_model=16,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        max_position_embeddings=32,
+        vocab_size=40,
+        init_std=0.3,
+    )
+    return transformers.BartForConditionalGeneration(config)
+
+
 def t5(**more):
     config = transformers.T5Config(
         d_model=16,
@@ -227,6 +256,12 @@ LORA = {
         lambda: llama(tie_word_embeddings=True),
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ),
+    "llama-both-saved-tied": (
+        lambda: llama(tie_word_embeddings=True),
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
+    "roberta-cls": (roberta, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    "mlm-bias-all": (lambda: bert("BertForMaskedLM"), {"target_modules": ["query"], "bias": "all"}),
     "llama-cls": (
         lambda: llama("LlamaForSequenceClassification"),
         {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"},
@@ -362,6 +397,9 @@ VIRTUAL = {
         {},
     ),
     "prefix-bert-cls": (bert, "PrefixTuningConfig", "SEQ_CLS", {}),
+    "prompt-bart": (bart, "PromptTuningConfig", "SEQ_2_SEQ_LM", {}),
+    "prompt-roberta": (roberta, "PromptTuningConfig", "SEQ_CLS", {}),
+    "prefix-roberta": (roberta, "PrefixTuningConfig", "SEQ_CLS", {}),
     "prefix-bert-tokens": (lambda: bert("BertForTokenClassification"), "PrefixTuningConfig", "TOKEN_CLS", {}),
     "prefix-bert-features": (lambda: bert("BertModel"), "PrefixTuningConfig", "FEATURE_EXTRACTION", {}),
 }
@@ -419,6 +457,16 @@ OUT = {
         lambda: llama(tie_word_embeddings=True),
         {"q_proj": LoRA(rank=2), "embed_tokens": TokenRows(ids=[12, 5])},
         {"trainable_token_indices": {"model.embed_tokens": [12, 5]}},
+    ),
+    "part-of-a-deep-head": (
+        roberta,
+        {"query": LoRA(rank=2), "classifier.dense": FullFineTuning()},
+        {"modules_to_save": ["classifier"], "task_type": "SEQ_CLS"},
+    ),
+    "lora-in-a-head": (
+        roberta,
+        {"classifier.dense": LoRA(rank=2), "classifier.out_proj": FullFineTuning()},
+        {"modules_to_save": ["classifier.out_proj"], "task_type": None},
     ),
     "one-of-many": (t5, {"encoder.block.0.layer.0.SelfAttention.q": LoRA(rank=2)}, {"r": 2}),
     "vit": (vit, {"q_proj": LoRA(rank=2), "projection": LoRA(rank=2, alpha=5)}, {"alpha_pattern": {}}),
@@ -619,6 +667,54 @@ def test_damaged_and_missing_files_are_refused(saved):
     peftlib.hf.load(base, folder)
     with pytest.raises(PeftlibError, match="default"):
         peftlib.hf.load(base, folder)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)))
+
+
+def test_running_statistics_of_a_saved_norm_come_along(tmp_path):
+    base, x = Normed().double().eval(), torch.randn(6, 4, dtype=torch.float64)
+    other = theirs(base, peft.LoraConfig(r=2, target_modules=["a"], modules_to_save=["norm"]))
+    other.train()(x + 3)
+    other.eval().save_pretrained(tmp_path / "theirs")
+    ours = copy.deepcopy(base)
+    tuning = peftlib.hf.load(ours, tmp_path / "theirs")
+    torch.testing.assert_close(ours(x), other(x))
+    peftlib.hf.save(tuning, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(back(x), ours(x))
+    tuning.detach()
+    assert torch.equal(ours(x), base(x))
+
+
+def test_all_linear_and_ranks_above_the_width(saved):
+    base, folder = saved
+    other = theirs(base, peft.LoraConfig(r=40, target_modules="all-linear"))
+    other.save_pretrained(folder)
+    edit(folder, target_modules="all-linear")
+    ours = copy.deepcopy(base)
+    peftlib.hf.load(ours, folder)
+    same(ours, other, inputs(base), base, rtol=1e-3, atol=1e-4)
+
+
+def test_modules_that_are_refused(tmp_path):
+    base = Attention()
+    theirs(base, peft.LoraConfig(r=2, target_modules=["mix"])).save_pretrained(tmp_path)
+    refused(base, tmp_path, "'mix'", "nn.MultiheadAttention")
+    base = llama(tie_word_embeddings=True)
+    theirs(base, peft.LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True)).save_pretrained(
+        tmp_path
+    )
+    refused(base, tmp_path, "model.embed_tokens", "DoRA")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    theirs(base, config).save_pretrained(tmp_path)
+    refused(base, tmp_path, "modules_to_save", "shares a weight")
 
 
 @pytest.mark.parametrize(
