@@ -143,7 +143,7 @@ def test_errors_are_of_one_family_and_their_kind() -> None:
             peftlib.attach(model, method, **options)
         assert issubclass(kind, PeftlibError)
     peftlib.attach(model, LoRA(rank=1))
-    with pytest.raises(StateError, match="'default' already.*It has: 'default'"):
+    with pytest.raises(StateError, match=r"'default' already.*It has: 'default'"):
         peftlib.attach(model, LoRA(rank=1))
     assert issubclass(PeftlibError, ValueError)
 
