@@ -190,7 +190,7 @@ def _enclosing(site: Site, tree: Tree, nesting: set[int]) -> list[nn.Module]:
     and what needs gradients cannot go there: then all its attentions are opened, by the first part inside.
     """
     parent = tree.parent(site.name) if site.parameter is None else None
-    found = [parent] if isinstance(parent, nn.MultiheadAttention) else []
+    found: list[nn.Module] = [parent] if isinstance(parent, nn.MultiheadAttention) else []
     for _, around in tree.ancestors(site.name):
         if (
             isinstance(around, nn.TransformerEncoder)

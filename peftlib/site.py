@@ -71,7 +71,7 @@ def open_host(host: nn.Module, *, shadow: str | None = None, hook: bool = False)
                 "Wrap it in a plain nn.Module and target that."
             ) from error
         host._modules[CHILD] = Deltas()
-        if is_open_attention(host):
+        if isinstance(host, nn.MultiheadAttention) and can_open_attention(host):
             open_projections(host)
     state["holds"] += 1
     if shadow is not None:
@@ -96,7 +96,7 @@ def close_host(host: nn.Module, *, shadow: str | None = None) -> None:
         return
     if state["hook"] is not None:
         state["hook"].remove()
-    if is_open_attention(host):
+    if isinstance(host, nn.MultiheadAttention) and can_open_attention(host):
         close_projections(host)
     del host._modules[CHILD]
     host.__class__ = plain_class(host)
@@ -140,10 +140,6 @@ def can_open_attention(module: nn.Module) -> bool:
         isinstance(module, nn.MultiheadAttention)
         and plain_class(module).forward is nn.MultiheadAttention.forward
     )
-
-
-def is_open_attention(module: nn.Module) -> bool:
-    return is_open(module) and can_open_attention(module)
 
 
 def _with(chain: tuple[Delta, ...], delta: Delta) -> tuple[Delta, ...]:
@@ -206,7 +202,7 @@ def _no_op(module: nn.Module, args: Any, output: Any) -> None:
     return None
 
 
-def _open_class(plain: type, shadows: frozenset[str]) -> type:
+def _open_class(plain: Any, shadows: frozenset[str]) -> type:
     """The subclass whose instances are open; cached, so that a thousand linears share one class."""
     cached = _CLASSES.get((plain, shadows))
     if cached is not None:
@@ -228,7 +224,7 @@ def _open_class(plain: type, shadows: frozenset[str]) -> type:
         return call(*args, **kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        make, args, *rest = plain.__reduce_ex__(self, protocol)  # type: ignore[attr-defined]
+        make, args, *rest = plain.__reduce_ex__(self, protocol)
         here = type(self)
         args = tuple(plain if a is here else a for a in args)
         return (_reopen, (make, args, plain, shadows), *rest)
@@ -267,11 +263,11 @@ def _shadow(name: str) -> property:
     return property(read)
 
 
-def _container_view(plain: type) -> dict[str, Any]:
+def _container_view(plain: Any) -> dict[str, Any]:
     """Methods that hide the deltas from iteration, ``len`` and indexing, and refuse structural changes."""
 
     def own(self: nn.Module) -> dict[str, nn.Module]:
-        return {k: m for k, m in self._modules.items() if k != CHILD}
+        return {k: m for k, m in self._modules.items() if k != CHILD}  # type: ignore[misc]
 
     def closed(self: nn.Module) -> Any:
         return (
@@ -303,7 +299,7 @@ def _container_view(plain: type) -> dict[str, Any]:
         "__getitem__": get,
         "__contains__": lambda self, item: item in list(iterate(self)),
         "__reversed__": lambda self: reversed(list(iterate(self))),
-        "__dir__": lambda self: [k for k in plain.__dir__(self) if k != CHILD],  # type: ignore[attr-defined]
+        "__dir__": lambda self: [k for k in plain.__dir__(self) if k != CHILD],
         "__add__": lambda self, other: closed(self) + other,
         "keys": lambda self: own(self).keys(),
         "values": lambda self: own(self).values(),

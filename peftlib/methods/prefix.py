@@ -55,6 +55,11 @@ class Shared(Delta):
 class Prefix(Delta):
     """Trained keys and values for the SDPA calls inside one module's forward."""
 
+    start_key: Tensor
+    start_value: Tensor
+    key: nn.Parameter
+    value: nn.Parameter
+
     def __init__(
         self, facts: Mapping[str, Any], length: int, dropout: float, shared: SharedPrefix | None, **where: Any
     ):
