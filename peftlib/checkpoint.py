@@ -108,11 +108,10 @@ def load(
         raise CheckpointError(f"The plan in {os.fspath(path)!r} does not fit this model: {error}") from error
     own = {f"{part.prefix}.{key}": t for part in parts for key, t in part.delta.tensors()}
     check_state(own, state, f"the model it is loaded into ({os.fspath(path)!r})")
-    for part in parts:
-        _give_values(part, tree.model, state)
+    given = [_give_values(part, tree.model, state) for part in parts]
     tuning = install(model, tree, parts, name=name, freeze=True)
-    for part in tuning.parts:
-        _copy_into_base(part, state)
+    for part, keys in zip(tuning.parts, given, strict=True):
+        _copy_values(part, keys, state)
     if not trainable:
         for parameter in tuning.parameters():
             parameter.requires_grad_(False)
@@ -129,26 +128,26 @@ def _gather(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
 
 
 @torch.no_grad()
-def _give_values(part: Part, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _give_values(part: Part, model: nn.Module, state: Mapping[str, Tensor]) -> set[str]:
     """Turn the empty tensors of a delta into the file's, where the host is; no copy if they are there already."""
     empty = {key: t for key, t in part.delta.tensors() if t.is_meta}
     if not empty:
-        return
+        return set()
     where = placement(Site(part.name, part.host, part.parameter, model))["device"]
     # A base on meta has no values yet; a tuning's are kept on the CPU until it does.
     where = torch.device("cpu") if where.type == "meta" else where
     values = {key: state[f"{part.prefix}.{key}"].to(where, t.dtype) for key, t in empty.items()}
     part.delta.load_state_dict(values, assign=True, strict=False)
     part.delta.derive()
+    return set(values)
 
 
 @torch.no_grad()
-def _copy_into_base(part: Part, state: Mapping[str, Tensor]) -> None:
-    """The values of a delta that trains the base's own tensors."""
+def _copy_values(part: Part, given: set[str], state: Mapping[str, Tensor]) -> None:
+    """The rest: the base's own tensors, and those of a method that builds its own with values."""
     for key, tensor in part.delta.tensors():
-        value = state[f"{part.prefix}.{key}"]
-        if part.delta.passive and tensor.data_ptr() != value.data_ptr():
-            tensor.copy_(value)
+        if key not in given:
+            tensor.copy_(state[f"{part.prefix}.{key}"])
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

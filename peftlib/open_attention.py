@@ -36,6 +36,7 @@ class Projection(nn.Module):
         # In a tuple, so that the host does not become its own grandchild.
         self._mha = (mha,)
         self.which = which
+        self.training = mha.training
         self.in_features = {"q": mha.embed_dim, "k": mha.kdim, "v": mha.vdim}[which]
         self.out_features = mha.embed_dim
 

@@ -628,12 +628,15 @@ def test_dropout_reaches_other_hosts_in_training_only(host: nn.Module) -> None:
     assert torch.equal(host.eval()(x), host.eval()(x))
 
 
-def test_a_delta_that_comes_to_a_model_in_eval_is_in_eval() -> None:
-    model = nn.Sequential(nn.Linear(4, 4)).eval()
-    tuning = peftlib.attach(model, LoRA(rank=2, dropout=0.5), targets=["0"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_delta_comes_in_the_mode_of_its_host(training: bool) -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "attn": nn.MultiheadAttention(4, 2)}).train(training)
+    tuning = peftlib.attach(model, LoRA(rank=2, dropout=0.5))
     randomize(tuning)
-    x = torch.randn(8, 4)
-    assert torch.equal(model(x), model(x))
+    x = torch.randn(8, 1, 4)
+    for run in (lambda: model["fc"](x), lambda: model["attn"](x, x, x)[0]):
+        assert torch.equal(run(), run()) != training
+    assert len(tuning.sites) == 5
 
 
 @pytest.mark.parametrize(
