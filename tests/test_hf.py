@@ -18,14 +18,17 @@ from peftlib.hf import PositionOffset
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = [
-    # what peft and transformers say of models without a folder, of embeddings and of positions
-    pytest.mark.filterwarnings("ignore"),
-]
+# What peft and transformers say of models without a folder, of layouts and of their own older names.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")]
 
 P = 3
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+
+
+def cases(table, slow):
+    """The names of a table's rows, some of them only for a slow run."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in table]
 
 
 def small(**more):
@@ -287,7 +290,20 @@ LORA = {
 }
 
 
-@pytest.mark.parametrize("which", LORA)
+@pytest.mark.parametrize(
+    "which",
+    cases(
+        LORA,
+        [
+            "llama-layers",
+            "llama-tokens",
+            "bert-bias-lora",
+            "bert-tokens-cls",
+            "t5-shared",
+            "llama-head-saved",
+        ],
+    ),
+)
 def test_lora_there_and_back(which, tmp_path):
     make, fields = LORA[which]
     torch.manual_seed(1)
@@ -405,7 +421,20 @@ VIRTUAL = {
 }
 
 
-@pytest.mark.parametrize("which", VIRTUAL)
+@pytest.mark.parametrize(
+    "which",
+    cases(
+        VIRTUAL,
+        [
+            "prompt-bart",
+            "ptuning-t5",
+            "prompt-bert-tokens",
+            "prefix-bert-tokens",
+            "prefix-llama",
+            "prompt-roberta",
+        ],
+    ),
+)
 def test_prompts_and_prefixes_there_and_back(which, tmp_path):
     make, kind, task, fields = VIRTUAL[which]
     torch.manual_seed(1)
@@ -473,7 +502,7 @@ OUT = {
 }
 
 
-@pytest.mark.parametrize("which", OUT)
+@pytest.mark.parametrize("which", cases(OUT, ["dora", "one-of-many", "part-of-a-head", "lora-in-a-head"]))
 def test_lora_that_was_trained_here(which, tmp_path):
     make, method, fields = OUT[which]
     torch.manual_seed(1)
@@ -501,7 +530,9 @@ def test_a_prefix_that_was_trained_here(which, tmp_path):
     check_out(base, method, tmp_path, example={"input_ids": IDS[:1]})
 
 
-@pytest.mark.parametrize("make", [gpt2, bert, t5], ids=["gpt2", "bert", "t5"])
+@pytest.mark.parametrize(
+    "make", [gpt2, bert, pytest.param(t5, marks=pytest.mark.slow)], ids=["gpt2", "bert", "t5"]
+)
 @pytest.mark.parametrize(
     "method",
     [peftlib.PromptTuning(length=P), peftlib.PTuningV1(length=P, encoder="mlp")],
