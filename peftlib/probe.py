@@ -131,6 +131,7 @@ class Probe:
         """Run the copy, or the named part of it, on inputs whose shapes count, and record what happens."""
         record = Record()
         part = self._copy.get_submodule(name)
+        args, kwargs = _unused((args, dict(kwargs)))
         with torch.random.fork_rng(devices=[], enabled=not self.fake), torch.enable_grad():
             if self.fake:
                 with self._mode, _quiet():
@@ -180,6 +181,20 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _unused(call: Any) -> Any:
+    """A call whose lists, dicts and caches are not the given ones, so that a forward that fills them spares those."""
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, _PLAIN) or callable(leaf):
+            return leaf
+        try:
+            return copy.deepcopy(leaf)
+        except Exception:  # noqa: BLE001 (whatever its __deepcopy__ raises: then the forward fills the given one)
+            return leaf
+
+    return pytree.tree_map(copied, call)
 
 
 def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -284,7 +299,7 @@ def _observe(
             given = first_tensor([*args, *kwargs.values()])
             trace.inputs.append(None if given is None else tuple(given.shape))
             if trace.calls == 1:
-                trace.call = (args, kwargs)
+                trace.call = _unused((args, kwargs))
                 if given is not None:
                     trace.input, trace.is_floating = tuple(given.shape), given.is_floating_point()
 
@@ -325,9 +340,10 @@ def _observe(
         for module in opened:
             close_host(module)
     for leaf_value in tensors_of(output):
-        hit = produced.get(_storage(leaf_value))
-        if hit is not None and hit[0] and hit[0] not in record.heads:
-            record.heads.append(hit[0])
+        name, whole = produced.get(_storage(leaf_value), ("", leaf_value))
+        # Keys and values returned for a cache are views with an axis more, of heads.
+        if name and name not in record.heads and leaf_value.dim() <= whole.dim():
+            record.heads.append(name)
     return output
 
 
