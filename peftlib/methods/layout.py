@@ -26,6 +26,7 @@ from peftlib.methods.base import Site, first_tensor
 from peftlib.methods.calls import argument_names, back, by_name
 from peftlib.methods.outputs import learn_outputs
 from peftlib.methods.sequence import DECODER, Layout, Longer, lengthen
+from peftlib.methods.virtual import prompts_at
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe, Record
@@ -98,14 +99,12 @@ def _learn_relays(
     site: Site, table: str, ids: Tensor, length: int, tree: Tree, probe: Probe
 ) -> dict[str, dict[str, Any]]:
     """The modules inside an encoder-decoder that get its ids, and may be called by themselves: the encoder."""
-    found = {}
+    found, others = {}, prompts_at(tree.modules[table])
     for inner in tree.inside(site.name):
         trace = probe.trace(inner)
         if inner.name == site.name or trace is None or isinstance(inner.module, nn.Embedding):
             continue
-        if any(
-            isinstance(v, Tensor) and _same_memory(v, ids) for v in (*trace.call[0], *trace.call[1].values())
-        ):
+        if any(_is_handed_on(v, ids, others) for v in (*trace.call[0], *trace.call[1].values())):
             try:
                 facts = learn(inner, table, length, {}, tree, probe)
             except PeftlibError:
@@ -154,21 +153,20 @@ class _Example:
         tables = [n for n, m in self.tree.modules.items() if isinstance(m, nn.Embedding) and id(m) in inside]
         tables = [n for n in ([table] if table else tables) if n in self.probe.record.traces]
         declared = self._declared()
+        found = []
+        for name in tables:
+            ids, others = self._looked_up(name), prompts_at(self.tree.modules[name])
+            sources = [main for main, value in whole.items() if _is_handed_on(ids, value, others)]
+            # Ids that were changed on the way are known by their shape alone.
+            alike = [main for main, value in whole.items() if ids is not None and ids.shape == value.shape]
+            found += [(main, name) for main in sources or alike]
 
-        def preference(found: tuple[str, str]) -> tuple[bool, ...]:
-            # The declared embedding, then tokens before what goes with them, then the very tensor before one shaped
-            # like it; the first argument of equals.
-            main, name = found
+        def preference(pair: tuple[str, str]) -> tuple[bool, bool, int]:
+            # The declared embedding, then tokens before what goes with them, then the first argument.
+            main, name = pair
             other = any(word in main.lower() or word in name.rpartition(".")[2].lower() for word in _OTHERS)
-            return name != declared, other, not _same_memory(whole[main], self._looked_up(name))
+            return name != declared, other, list(whole).index(main)
 
-        found = [
-            (main, name)
-            for main, value in whole.items()
-            for name in tables
-            if _same_memory(value, self._looked_up(name))
-            or tuple(value.shape) == self.probe.record.traces[name].input
-        ]
         if found:
             return min(found, key=preference)
         for name, v in self.call.items():
@@ -217,6 +215,11 @@ class _Example:
         for layout.axis in (-1, 0):
             try:
                 longer = lengthen(layout, self.call, length)
+                if not longer.shape:
+                    raise TargetError(
+                        "The example's cache is filled, and a prompt goes before the first tokens. Give the first "
+                        "call of a generation as the example, or one without a cache."
+                    )
                 after = self.run(longer.changed)
             except PeftlibError:
                 raise
@@ -289,6 +292,14 @@ def _module_times(record: Record, tree: Tree) -> Iterator[int]:
             yield shape[1] if module.batch_first and len(shape) == 3 else shape[0]
         elif isinstance(module, nn.Conv1d):
             yield shape[-1]
+
+
+def _is_handed_on(ids: Any, given: Tensor, prompts: int) -> bool:
+    """Whether ids are the given ones, or longer by other prompts' positions."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        return False
+    growth = [b - a for a, b in zip(given.shape, ids.shape, strict=False) if a != b]
+    return _same_memory(given, ids) or (ids.dim() == given.dim() and growth == [prompts])
 
 
 def _same_memory(a: Tensor, b: Tensor | None) -> bool:

@@ -36,9 +36,7 @@ def learn_outputs(layout: Layout, before: Any, after: Any, short: Shape, long: S
             continue
         sizes = list(old[path].shape)
         growth = [b - a for a, b in zip(sizes, tensor.shape, strict=True)]
-        if any(g not in (0, extra, extra_flat) for g in growth) and not _is_cached(
-            layout, path, tensor, [], False
-        ):
+        if any(g not in (0, extra, extra_flat) for g in growth) and not _is_cached(layout, path, tensor, []):
             raise TargetError(
                 f"For {extra} more positions the output {path or 'tensor'!r} goes from {tuple(sizes)} to "
                 f"{tuple(tensor.shape)}, so the prompt's share of it cannot be taken off. Target a module that keeps "
@@ -48,15 +46,23 @@ def learn_outputs(layout: Layout, before: Any, after: Any, short: Shape, long: S
         layout.sizes[path] = sizes
 
 
-def shorten(layout: Layout, output: Any, extra: int, shape: Shape) -> Any:
-    """The output without its first ``extra`` positions; ``shape`` is that of the longer call's positions."""
+def shorten(layout: Layout, output: Any, extra: int, shape: Shape, cached: bool = False) -> Any:
+    """The output without its first ``extra`` positions.
+
+    Args:
+        layout: what the example showed of the outputs.
+        output: tensors in any containers.
+        extra: P.
+        shape: of the longer call's positions.
+        cached: whether the call had a cache, which the output may hand on.
+    """
     length, flat = shape[layout.axis], math.prod(shape)
     first: list[str] = []
 
     def cut(path: str, tensor: Tensor) -> Tensor:
         first.append(path)
         axes = _axes(layout, path, tensor, shape)
-        if _is_cached(layout, path, tensor, axes, path == first[0]):
+        if _is_cached(layout, path, tensor, axes, path == first[0], cached):
             return tensor
         for axis in axes:
             if tensor.shape[axis] == length:
@@ -70,13 +76,19 @@ def shorten(layout: Layout, output: Any, extra: int, shape: Shape) -> Any:
     return _map_tensors(output, cut)
 
 
-def _is_cached(layout: Layout, path: str, tensor: Tensor, axes: list[int], first: bool) -> bool:
+def _is_cached(
+    layout: Layout, path: str, tensor: Tensor, axes: list[int], first: bool = False, cached: bool = False
+) -> bool:
     """Keys and values, or another cache: by name, or (B, H, T, E) or (B, T, H, E) beside the output proper."""
     low = path.lower()
     named = layout.given.get(path.partition(".")[0]) == "cache" or any(
         w in low for w in ("past", "cache", "present")
     )
-    return named or (tensor.dim() == 4 and axes in ([1], [2]) and not first)
+    if named or tensor.dim() != 4 or first:
+        return named
+    # As many positions as features a head look like a map of attention, where the example did not show the output.
+    square = cached and axes == [2, 3] and path not in layout.outputs and "att" not in low
+    return axes in ([1], [2]) or square
 
 
 def _axes(layout: Layout, path: str, tensor: Tensor, shape: Shape) -> list[int]:

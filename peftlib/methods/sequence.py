@@ -102,6 +102,8 @@ class Layout:
             if any(word in low for word in ("loss", "label", "target")):
                 return "loss_mask" if leading else "skip"
             return _mask_kind(low) if leading or last or (past and value.shape[-1] > length) else "skip"
+        if "pad" in low and value.dtype == torch.bool and (leading or last):
+            return "padding_mask"
         whole = not value.is_floating_point()
         if "pos" in low and whole:
             return "positions" if leading or last else "skip"
@@ -167,10 +169,14 @@ class Longer:
         changed: the arguments that changed, by name.
         shape: the longer positions' shape, (B, P + T) for instance; empty where nothing came in front, because the
             cache holds the prompt already or the sequence is not among the arguments.
+        lengths: of the longer ids, of each argument of them.
+        cached: whether there is a cache among the arguments, filled or not.
     """
 
     changed: dict[str, Any]
     shape: Shape = ()
+    lengths: tuple[int, ...] = ()
+    cached: bool = False
 
 
 def lengthen(
@@ -198,6 +204,7 @@ def lengthen(
     length = shape[layout.axis]
     past, offsets = _past(layout, call)
     changed: dict[str, Any] = {name: call[name] + extra for name in offsets if past}
+    lengths: list[int] = []
     for name, value in call.items():
         kind = "embeds" if name == main and embedded else layout.kind_of(name, value, shape, past)
         if kind == "lengths":
@@ -237,9 +244,12 @@ def lengthen(
                 fill = {"ids": placeholder, "labels": layout.ignored}.get(kind, 0)
                 new = value.new_full(_sized(value.shape, at, extra), fill)
             changed[name] = torch.cat([new, value], at)
+            if kind == "ids":
+                lengths.append(value.shape[at] + extra)
     if past:
         return Longer(changed)
-    return Longer(changed, tuple(_sized(shape, layout.axis, length + extra)))
+    cached = any(layout.is_cache(name, value) for name, value in call.items())
+    return Longer(changed, tuple(_sized(shape, layout.axis, length + extra)), tuple(lengths), cached)
 
 
 def _embeds(layout: Layout, call: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ Shape legend: P prompt length, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from peftlib.errors import PeftlibError
 from peftlib.methods.base import Delta, first_argument
 from peftlib.methods.calls import argument_names, back, by_name
 from peftlib.methods.outputs import shorten
-from peftlib.methods.sequence import Layout, Shape, lengthen
+from peftlib.methods.sequence import Layout, Longer, lengthen
 
 _LAST = 1 << 30
 """Added to a delta's place in its host's order to make it the last."""
@@ -67,14 +67,14 @@ class Room:
 
     Attributes:
         entry: where.
-        length: P + T of the ids that the embedding will see; 0 if it need not write.
+        lengths: P + T of the ids that the embedding will see; empty if it need not write.
         shift: positions that prompts further in have put before this one.
         seen: lookups so far.
         written: lookups that got the rows.
     """
 
     entry: Entry
-    length: int
+    lengths: Sequence[int]
     shift: int = 0
     seen: int = 0
     written: int = 0
@@ -102,20 +102,22 @@ class Prepend(Delta):
         return f"length={self.length}, at {self.entry.layout.main!r}"
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output, shape = self.run(self.entry, base, args, kwargs)
-        return shorten(self.entry.layout, output, self.length, shape) if shape else output
+        output, longer = self.run(self.entry, base, args, kwargs)
+        if not longer.shape:
+            return output
+        return shorten(self.entry.layout, output, self.length, longer.shape, longer.cached)
 
     def run(
         self, entry: Entry, base: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, Shape]:
-        """The output of the longer call as it is, and the shape of its positions (empty: nothing came in front)."""
+    ) -> tuple[Any, Longer]:
+        """The output of the longer call as it is, and what was done to the call."""
         layout = entry.layout
         call = by_name(entry.names, args, kwargs)
         longer = lengthen(layout, call, self.length, placeholder=self.placeholder, rows=self._rows)
         args, kwargs = back(entry.names, args, kwargs, longer.changed)
-        looked_up = longer.shape and layout.kind == "ids" and layout.main in longer.changed
+        looked_up = layout.kind == "ids" and layout.main in longer.changed
         enclosing = [room for room in self._rooms_of_others() if longer.shape]
-        outer, room = self.room, Room(entry, longer.shape[layout.axis] if looked_up else 0)
+        outer, room = self.room, Room(entry, longer.lengths if looked_up else ())
         self.room = room
         for other in enclosing:
             other.shift += self.length
@@ -125,12 +127,12 @@ class Prepend(Delta):
             self.room = outer
             for other in enclosing:
                 other.shift -= self.length
-        if room.length and not room.written:
+        if room.lengths and not room.written:
             raise PeftlibError(
                 "The model ran without looking up its ids in the embedding that holds the prompt, so the prompt would "
                 "silently be lost. Attach with an example that shows this way of calling it."
             )
-        return output, longer.shape
+        return output, longer
 
     def _rooms_of_others(self) -> Iterator[Room]:
         """Prompts of other tunings whose forward is running around this one."""
@@ -214,9 +216,7 @@ class Overwrite(AtEmbedding):
             )
         index, room.seen = room.seen, room.seen + 1
         at = room.entry.at
-        if not room.length or index not in room.entry.calls or ids.dim() < -at:
-            return out
-        if ids.shape[at] != room.length + room.shift:
+        if index not in room.entry.calls or ids.dim() < -at or ids.shape[at] - room.shift not in room.lengths:
             return out
         room.written += 1
         axis, end = at - 1, room.shift + length
@@ -226,6 +226,12 @@ class Overwrite(AtEmbedding):
 
     def merged(self) -> Any:
         return []  # the prompt itself refuses
+
+
+def prompts_at(table: nn.Module) -> int:
+    """How many positions the enabled prompts in front write into an embedding."""
+    active = table.__dict__.get("_peft_active", ())
+    return sum(delta.anchor.length for delta in active if isinstance(delta, Overwrite))
 
 
 def _spread(rows_PD: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -5,15 +5,18 @@ Shapes: B batch, P prompt, T tokens, L = P + T, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftlib
 from peftlib import PromptTuning, attach
+from peftlib.methods.calls import is_filled
 from tests.methods.prompts import F64, Decoder, V, naive, prepended, rows_of, visible
 from tests.twin import assert_twins
 
@@ -227,3 +230,413 @@ def test_the_shortest_prompts_and_texts(length, tokens):
     expected = naive(model, prepended(model, rows, idx), seen, where)[:, length:]
     torch.testing.assert_close(model(idx), expected)
     assert model(idx[:0]).shape == (0, tokens, V)
+
+
+# -- outputs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    hidden: list[Tensor]
+    pooled: Tensor
+    loss: Tensor | None = None
+
+
+class Wrapped(nn.Module):
+    """A decoder whose outputs come in another container."""
+
+    def __init__(self, wrap: Callable[[Tensor, Tensor], Any]):
+        super().__init__()
+        self.decoder, self.wrap = Decoder(), wrap
+        self.pool = nn.Linear(V, P + T).double()
+
+    def forward(self, ids: Tensor) -> Any:
+        logits = self.decoder(ids)
+        return self.wrap(logits, self.pool(logits.mean(1)))
+
+
+WRAPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "dict": lambda x, p: {"logits": x, "pooled": p},
+    "tuple": lambda x, p: (x, p),
+    "dataclass": lambda x, p: Output(x, [x, x + 1], p),
+    "nested": lambda x, p: [{"deep": (x, None)}, p, "text"],
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_outputs_of_every_container(wrap):
+    model = Wrapped(WRAPS[wrap])
+    rows_of(attach(model, PromptTuning(length=P), example=IDX))
+    long = peftlib.probe.named_tensors(model.wrap(*_long(model)))
+    found = dict(peftlib.probe.named_tensors(model(IDX)))
+    for path, expected in long:
+        # The pooled output is as wide as the longer sequence by chance.
+        torch.testing.assert_close(found[path], expected if expected.dim() == 2 else expected[:, P:])
+
+
+def _long(model: Wrapped) -> tuple[Tensor, Tensor]:
+    """Logits with the prompt's positions, and what is pooled from them."""
+    (rows,) = peftlib.tunings(model)["default"].parameters()
+    with peftlib.tunings(model)["default"].disabled():
+        logits = model.decoder(inputs_embeds=prepended(model.decoder, rows, IDX))
+    return logits, model.pool(logits.mean(1))
+
+
+class ChannelsFirst(nn.Module):
+    """A convolutional language model: (B, V, T), and a tuple with targets, as cross-entropy likes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.conv = nn.Embedding(V, 8), nn.Conv1d(8, V, 3, padding=1)
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Any:
+        y = self.conv(self.tok(ids).mT)
+        return y if targets is None else (y, F.cross_entropy(y, targets))
+
+
+def test_channels_before_positions():
+    model = ChannelsFirst()
+    rows = rows_of(attach(model, PromptTuning(length=P), example=IDX))
+    with peftlib.tunings(model)["default"].disabled():
+        expected = model.conv(torch.cat([rows.expand(B, P, 8), model.tok(IDX)], 1).mT)[..., P:]
+    torch.testing.assert_close(model(IDX), expected)
+    logits, loss = model(IDX, IDX)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(loss, F.cross_entropy(expected, IDX))
+
+
+class LastOnly(Decoder):
+    """Without targets it computes the last position alone, and its loss ignores -1: nanoGPT's way."""
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Any:
+        assert ids.shape[1] <= 24, "longer than the context"
+        if targets is None:
+            return super().forward(ids)[:, [-1]], None
+        logits = super().forward(ids)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+@pytest.mark.parametrize("example", [(IDX,), (IDX, IDX), {"ids": IDX}])
+def test_the_last_position_alone_and_another_ignored_label(example):
+    model = LastOnly()
+    rows = rows_of(attach(model, PromptTuning(length=P), example=example))
+    seen, where = visible(CAUSAL.expand(B, T, T), P, False), torch.arange(P + T).expand(B, P + T)
+    expected = naive(model, prepended(model, rows, IDX), seen, where)[:, P:]
+    torch.testing.assert_close(model(IDX)[0], expected[:, -1:])
+    logits, loss = model(IDX, IDX)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(loss, F.cross_entropy(expected.flatten(0, 1), IDX.flatten()))
+    with pytest.raises(
+        peftlib.PeftlibError, match=r"does not take 20 more positions .* longer than the context"
+    ):
+        attach(model, PromptTuning(length=20), example=example, name="long")
+
+
+# -- the sequence first ------------------------------------------------------------------------------------------------
+
+
+class WordModel(nn.Module):
+    """The word language model of PyTorch's examples: ids (T, B), a recurrent state, logits of (T B, V)."""
+
+    def __init__(self, cell: type[nn.RNNBase] = nn.LSTM):
+        super().__init__()
+        self.tok, self.rnn, self.head = nn.Embedding(V, 8), cell(8, 6), nn.Linear(6, V)
+
+    def forward(self, ids: Tensor, state: Any = None) -> Any:
+        h, state = self.rnn(self.tok(ids), state)
+        return self.head(h).view(-1, V).log_softmax(1), state
+
+
+class TimeFirst(nn.Module):
+    """Ids (T, B) through nn.TransformerEncoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+        self.tok, self.enc = nn.Embedding(V, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, ids: Tensor, pad: Tensor | None = None, embeds: Tensor | None = None) -> Tensor:
+        return self.enc(self.tok(ids) if embeds is None else embeds, src_key_padding_mask=pad)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_ids_with_the_sequence_first(cell):
+    model = WordModel(cell).double()
+    ids = IDX.T
+    state = model(ids)[1]
+    rows = rows_of(attach(model, PromptTuning(length=P), example=ids))
+
+    def twin() -> Tensor:
+        x = torch.cat([rows[:, None].expand(P, B, 8), model.tok.weight[ids]])
+        return model.head(model.rnn(x, state)[0])[P:].view(-1, V).log_softmax(1)
+
+    assert_twins(lambda: model(ids, state)[0], twin, {"rows": rows})
+    # Also where there are as many sequences as words, and of the batch's other sizes.
+    assert torch.allclose(model(ids[:, :1])[0], model(ids)[0].view(T, B, V)[:, 0])
+
+
+def test_the_sequence_first_with_padding():
+    model = TimeFirst().double()
+    pad = ~RIGHT
+    rows = rows_of(attach(model, PromptTuning(length=P), example=(IDX.T, pad)))
+
+    def twin() -> Tensor:
+        x = torch.cat([rows[:, None].expand(P, B, 8), model.tok.weight[IDX.T]])
+        with peftlib.tunings(model)["default"].disabled():
+            return model.enc(x, src_key_padding_mask=F.pad(pad, (P, 0)))[P:]
+
+    assert_twins(lambda: model(IDX.T, pad), twin, {"rows": rows})
+    embeds = model.tok.weight[IDX.T]
+    torch.testing.assert_close(model(None, pad, embeds=embeds), model(IDX.T, pad))
+
+
+def test_which_axis_is_time_is_seen_whatever_the_sizes():
+    square = IDX[:, :B]
+    for model, batch_first in ((WordModel(), False), (TimeFirst(), False), (Decoder(), True)):
+        attach(model, PromptTuning(length=P), example=square)
+        assert next(
+            p.delta for p in peftlib.tunings(model)["default"].parts if p.built
+        ).entry.layout.axis == (-1 if batch_first else 0)
+
+
+def test_a_model_that_transposes_takes_the_batch_first():
+    class Transposing(TimeFirst):
+        def forward(self, ids: Tensor, pad: Tensor | None = None) -> Tensor:
+            return super().forward(ids.T, pad).transpose(0, 1)
+
+    model = Transposing().double()
+    rows = rows_of(attach(model, PromptTuning(length=P), example=(IDX, ~RIGHT)))
+    with peftlib.tunings(model)["default"].disabled():
+        x = torch.cat([rows.expand(B, P, 8), model.tok.weight[IDX]], 1).transpose(0, 1)
+        expected = model.enc(x, src_key_padding_mask=F.pad(~RIGHT, (P, 0)))[P:].transpose(0, 1)
+    torch.testing.assert_close(model(IDX, ~RIGHT), expected)
+
+
+# -- caches ------------------------------------------------------------------------------------------------------------
+
+
+class Growing:
+    """A cache of one's own: lists of tensors that grow by concatenation."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+
+class Allocated:
+    """A cache allocated in full, which says how much of it is used."""
+
+    def __init__(self, layers: int = 2):
+        self.length = 0
+        self.kv = torch.zeros(layers, 2, B, 2, 24, 4, dtype=F64)
+
+
+class Cached(Decoder):
+    """The decoder with a cache of some style under some name; the cache, or its next state, comes out."""
+
+    def forward(  # type: ignore[override]
+        self, ids: Tensor, kv_cache: Any = None, start_pos: int = 0, position_ids: Tensor | None = None
+    ) -> Any:
+        if kv_cache is None:
+            return super().forward(ids, position_ids=position_ids)
+        if isinstance(kv_cache, Growing):
+            past = list(zip(kv_cache.keys, kv_cache.values, strict=True))
+            logits, new = super().forward(ids, past=past)
+            kv_cache.keys, kv_cache.values = [k for k, _ in new], [v for _, v in new]
+            return logits
+        if isinstance(kv_cache, Allocated):
+            n = kv_cache.length
+            past = [(k[:, :, :n], v[:, :, :n]) for k, v in kv_cache.kv] if n else []
+            logits, new = super().forward(ids, past=past)
+            kv_cache.length += ids.shape[1]
+            for kept, (k, v) in zip(kv_cache.kv, new, strict=True):
+                kept[0][:, :, : k.shape[2]], kept[1][:, :, : v.shape[2]] = k, v
+            return logits
+        if isinstance(kv_cache, Tensor):  # allocated in full, counted by start_pos
+            past = [(k[:, :, :start_pos], v[:, :, :start_pos]) for k, v in kv_cache] if start_pos else []
+            logits, new = super().forward(ids, past=past)
+            for kept, (k, v) in zip(kv_cache, new, strict=True):
+                kept[0][:, :, : k.shape[2]], kept[1][:, :, : v.shape[2]] = k, v
+            return logits
+        if isinstance(kv_cache, dict):
+            past = [kv_cache[i] for i in sorted(kv_cache)]
+            logits, new = super().forward(ids, past=past)
+            return {"logits": logits, "kv": dict(enumerate(new))}
+        past = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in kv_cache]
+        logits, new = super().forward(ids, past=past)
+        return logits, tuple((k.transpose(1, 2), v.transpose(1, 2)) for k, v in new)  # (B, T, H, E)
+
+
+def stepwise(model: Cached, style: str, ids: Tensor, first: int) -> Tensor:
+    """The logits of a text read ``first`` tokens at once, then one by one, with a cache."""
+    out = []
+    cache: Any = {
+        "tuple, positions second": (),
+        "dict": {},
+        "growing object": Growing(),
+        "allocated object": Allocated(),
+        "allocated, counted": torch.zeros(2, 2, B, 2, 24, 4, dtype=F64),
+    }[style]
+    for i in [0, *range(first, ids.shape[1])]:
+        some = ids[:, i : first if i == 0 else i + 1]
+        more = {"start_pos": i} if style == "allocated, counted" else {}
+        found = model(some, kv_cache=cache, **more)
+        if isinstance(found, tuple):
+            found, cache = found
+        elif isinstance(found, dict):
+            found, cache = found["logits"], found["kv"]
+        out.append(found)
+    return torch.cat(out, 1)
+
+
+STYLES = ["tuple, positions second", "dict", "growing object", "allocated object", "allocated, counted"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("positions", ["absolute", "rotary"])
+@pytest.mark.parametrize("first", [1, 3])
+def test_a_cache_keeps_the_prompt(style, positions, first):
+    model = Cached(positions)
+    rows_of(attach(model, PromptTuning(length=P), example=IDX))
+    expected = model(IDX)
+    with torch.no_grad():
+        torch.testing.assert_close(stepwise(model, style, IDX, first), expected)
+
+
+@pytest.mark.parametrize("style", ["tuple, positions second", "dict", "growing object"])
+def test_an_example_with_an_empty_cache_tells_the_same(style):
+    model = Cached()
+    cache = {"tuple, positions second": (), "dict": {}, "growing object": Growing()}[style]
+    rows_of(attach(model, PromptTuning(length=P), example={"ids": IDX, "kv_cache": cache}))
+    assert not is_filled(cache)  # the probe fills copies
+    with torch.no_grad():
+        torch.testing.assert_close(stepwise(model, style, IDX, 2), model(IDX))
+
+
+def test_greedy_generation_with_a_cache_is_that_without():
+    model = Cached()
+    rows_of(attach(model, PromptTuning(length=P), example=IDX))
+    plain = ids = IDX[:, :2]
+    cache: Any = ()
+    with torch.no_grad():
+        for i in range(8):
+            logits, cache = model(ids if i == 0 else ids[:, -1:], kv_cache=cache)
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+            plain = torch.cat([plain, model(plain)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(ids, plain)
+    assert cache[0][0].shape[1] == P + 2 + 7
+
+
+# -- embeddings --------------------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """One encoder for two texts, by two lookups of one embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.rnn = nn.Embedding(V, 8), nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        a, b = (self.rnn(self.tok(ids))[0][:, -1] for ids in (left, right))
+        return (a * b).sum(-1)
+
+
+@pytest.mark.parametrize("kind", ["ids", "skip"])
+def test_two_texts_through_one_embedding(kind):
+    model = Pair().double()
+    left, right = IDX, IDX[:, :4].flip(0)
+    with pytest.raises(peftlib.PeftlibError, match=r"'right' of shape \(3, 5\) looks aligned"):
+        attach(model, PromptTuning(length=P), example=(left, left.flip(0)))
+    method = PromptTuning(length=P, sequence_args={"right": kind})
+    rows = rows_of(attach(model, method, example=(left, right)))
+
+    def twin() -> Tensor:
+        a = torch.cat([rows.expand(B, P, 8), model.tok.weight[left]], 1)
+        b = model.tok.weight[right]
+        b = torch.cat([rows.expand(B, P, 8), b], 1) if kind == "ids" else b
+        return (model.rnn(a)[0][:, -1] * model.rnn(b)[0][:, -1]).sum(-1)
+
+    assert_twins(lambda: model(left, right), twin, {"rows": rows})
+
+
+class Twice(nn.Module):
+    """Ids looked up twice: at the input, and as values added at the output (modified in place before)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.rnn = nn.Embedding(V, 8), nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.rnn(self.tok(ids).mul_(2.0))[0]
+        return x.cumsum(1) + self.tok(ids).cumsum(1)
+
+
+def test_an_embedding_used_twice():
+    model = Twice().double()
+    rows = rows_of(attach(model, PromptTuning(length=P), example=IDX))
+
+    def twin() -> Tensor:
+        e = torch.cat([rows.expand(B, P, 8), model.tok.weight[IDX]], 1)
+        return (model.rnn(2 * e)[0].cumsum(1) + e.cumsum(1))[:, P:]
+
+    assert_twins(lambda: model(IDX), twin, {"rows": rows})
+
+
+class Tables(nn.Module):
+    """Tables that could be taken for that of the tokens: positions (larger, first) and types, all of shape (B, T)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos, self.seg, self.words = nn.Embedding(99, 8), nn.Embedding(V, 8), nn.Embedding(V, 8)
+        self.rnn = nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, position_ids: Tensor, segment_ids: Tensor, x: Tensor) -> Tensor:
+        return self.rnn(self.pos(position_ids) + self.seg(segment_ids) + self.words(x.clamp(0, V - 1)))[0]
+
+
+def test_the_embedding_of_the_tokens_is_found_among_others():
+    model = Tables().double()
+    where, kinds = torch.arange(T).repeat(B, 1), torch.ones(B, T, dtype=torch.long)
+    tuning = attach(model, PromptTuning(length=P), example=(where, kinds, IDX))
+    rows = rows_of(tuning)
+
+    def twin() -> Tensor:
+        words = torch.cat([rows.expand(B, P, 8), model.words.weight[IDX]], 1)
+        return model.rnn(model.pos.weight[: P + T] + model.seg.weight[F.pad(kinds, (P, 0))] + words)[0][:, P:]
+
+    assert_twins(lambda: model(where, kinds, IDX), twin, {"rows": rows})
+
+
+def test_a_named_embedding():
+    model = Tables().double()
+    where, kinds = torch.arange(T).repeat(B, 1), torch.ones(B, T, dtype=torch.long)
+    method = PromptTuning(length=P, sequence_args={"x": "types"})
+    tuning = attach(model, method, targets=["seg"], example=(where, kinds, IDX))
+    assert [p.name for p in tuning.parts] == ["", "seg"]
+    rows = rows_of(tuning)
+    seg = torch.cat([rows.expand(B, P, 8), model.seg.weight[kinds]], 1)
+    with tuning.disabled():
+        expected = model.rnn(model.pos.weight[: P + T] + seg + model.words.weight[F.pad(IDX, (P, 0))])[0][
+            :, P:
+        ]
+    torch.testing.assert_close(model(where, kinds, IDX), expected)
+
+
+def test_no_special_id_stands_at_the_prompt():
+    class Config:
+        pad_token_id, eos_token_id, image_token_id, mask_token_index = 11, [12, 13], 14, 15
+
+    model = Decoder()
+    config: Any = Config()
+    config.__dict__.update(
+        {k: v for k, v in vars(Config).items() if k.startswith(("pad", "eos", "image", "mask"))}
+    )
+    model.config = config  # type: ignore[assignment]
+    seen: list[Tensor] = []
+    attach(model, PromptTuning(length=P), example=IDX)
+    model.tok.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(IDX)
+    assert seen[0][:, :P].unique().tolist() == [16]
+    assert torch.equal(seen[0][:, P:], IDX)

@@ -186,6 +186,7 @@ ALIGNED = {
     "src_mask": (PAD.double(), front(PAD.double(), 1, 1)),
     "pad_mask": (PAD == 0, front(PAD == 0, False, 1)),
     "src_key_padding_mask": (PAD == 0, front(PAD == 0, False, 1)),
+    "is_padding": (PAD == 0, front(PAD == 0, False, 1)),
     "loss_mask": (PAD, front(PAD, 0, 1)),
     "target_mask": (PAD.bool(), front(PAD.bool(), False, 1)),
     "token_type_ids": (PAD, front(PAD, 0, 1)),
