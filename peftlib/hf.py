@@ -305,19 +305,15 @@ def load(
     name = "default" if name is None else name
     check_name(model, name)
     tree = Tree(model)
-    kind = config.get("peft_type", (str,), "")
-    if kind == "LORA":
-        plan, state = _read_lora(config, tensors, tree)
-    elif kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
-        plan, state = _read_virtual(config, tensors, tree, kind, example)
-    else:
-        raise config.error(
-            "peft_type",
-            "peftlib reads LORA, PROMPT_TUNING, P_TUNING and PREFIX_TUNING. Train and save one of those.",
-        )
-    with without_values():
-        # Sizes first: nothing is allocated for what a configuration says and the weights do not have.
-        trial = build_parts(tree, plan, name)
+    try:
+        plan, state = _plan(config, tensors, tree, example)
+        with without_values():
+            # Sizes first: nothing is allocated for what a configuration says and the weights do not have.
+            trial = build_parts(tree, plan, name)
+    except PeftlibError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{str(config.path)!r} does not fit this model: {error}") from error
     own = {f"{part.prefix}.{key}": t for part in trial for key, t in part.delta.tensors()}
     check_state(own, state, f"what {str(config.path)!r} says of this model")
     if any(t.is_meta for t in model.parameters()):
@@ -330,6 +326,20 @@ def load(
         for parameter in tuning.parameters():
             parameter.requires_grad_(False)
     return tuning
+
+
+def _plan(
+    config: Config, tensors: Mapping[str, Tensor], tree: Tree, example: Any
+) -> tuple[Plan, dict[str, Tensor]]:
+    kind = config.get("peft_type", (str,), "")
+    if kind == "LORA":
+        return _read_lora(config, tensors, tree)
+    if kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+        return _read_virtual(config, tensors, tree, kind, example)
+    raise config.error(
+        "peft_type",
+        "peftlib reads LORA, PROMPT_TUNING, P_TUNING and PREFIX_TUNING. Train and save one of those.",
+    )
 
 
 def read(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
@@ -601,7 +611,10 @@ def _tokens_in(
 ) -> None:
     """Single rows of an embedding."""
     given = config.get("trainable_token_indices", (list, dict))
-    for key in [k for k in rest if _TOKENS_KEY.fullmatch(k)]:
+    keys = [k for k in rest if _TOKENS_KEY.fullmatch(k)]
+    if given and not keys:
+        raise config.error("trainable_token_indices", "there are no weights for them.")
+    for key in keys:
         name = _TOKENS_KEY.fullmatch(key)["module"]  # type: ignore[index]
         ids = given
         if isinstance(given, dict):

@@ -642,6 +642,8 @@ def edit(folder, **fields):
             ["shape of model.layers.0.self_attn.q_proj.lora.a: (2, 16)", "(3, 16)"],
         ),
         ({"r": 10**12}, ["(2, 16)"]),
+        ({"r": 10**30}, ["does not fit"]),
+        ({"trainable_token_indices": [3]}, ["trainable_token_indices", "no weights"]),
         ({"r": "8"}, ["r='8'", "integer"]),
         ({"lora_alpha": float("nan")}, ["lora_alpha"]),
         ({"use_dora": True}, ["lora_magnitude_vector"]),
