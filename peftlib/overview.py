@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftlib.errors import PeftlibError
 from peftlib.methods.adapter import Adapter
-from peftlib.methods.base import Method, plain_class
+from peftlib.methods.base import CHILD, Method, plain_class
 from peftlib.methods.linear import output_width
 from peftlib.methods.lora import LoRA
 from peftlib.probe import Probe
@@ -86,7 +86,7 @@ def inspect(model: nn.Module, example: Any = None) -> Table:
 
 def _raw_weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Matrices that a module holds itself without being a layer: fused or stacked weights."""
-    if output_width(module) is not None and not module._modules:
+    if output_width(module) is not None and all(k == CHILD for k in module._modules):
         return []
     return [(n, p) for n, p in module._parameters.items() if p is not None and p.dim() >= 2]
 
