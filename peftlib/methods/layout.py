@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from peftlib.attention import attention_with_weights
 from peftlib.errors import PeftlibError, ProbeError, TargetError
 from peftlib.methods.base import Site, first_tensor
-from peftlib.methods.calls import argument_names, back, by_name
+from peftlib.methods.calls import argument_names, back, by_name, named_tensors
 from peftlib.methods.outputs import learn_outputs
 from peftlib.methods.sequence import DECODER, Layout, Longer, lengthen
 from peftlib.methods.virtual import prompts_at
@@ -74,7 +74,8 @@ def learn(
     if table is not None:
         module: Any = tree.modules[table]
         facts |= {"width": module.embedding_dim, "placeholder": _ordinary_id(module, tree.model)}
-        facts |= _lookups(table, before.record, after.record, longer.shape[layout.axis], main)
+        seen = longer.shape[layout.axis] + prompts_at(module)
+        facts |= _lookups(table, before.record, after.record, seen, main)
     _check_positions(table, length, before.record, after.record, tree)
     short = tuple(
         n - length if i == layout.axis % len(longer.shape) else n for i, n in enumerate(longer.shape)
@@ -198,8 +199,6 @@ class _Example:
 
     def check_names(self, layout: Layout, before: _Run) -> None:
         """Refuse kinds given to what is neither an argument nor a part of the output."""
-        from peftlib.probe import named_tensors
-
         outputs = {path.partition(".")[0] for path, _ in named_tensors(before.record.output)}
         missing = set(layout.given) - self.signature - outputs
         if missing:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from peftlib.errors import TargetError
+from peftlib.methods.calls import named_tensors
 from peftlib.methods.sequence import Layout, Shape
 
 
@@ -22,8 +23,6 @@ def learn_outputs(layout: Layout, before: Any, after: Any, short: Shape, long: S
     Raises:
         TargetError: an output grew by something else, or there are no tensors that could be told apart.
     """
-    from peftlib.probe import named_tensors
-
     extra, extra_flat = long[layout.axis] - short[layout.axis], math.prod(long) - math.prod(short)
     old, new = dict(named_tensors(before)), dict(named_tensors(after))
     if not new:
@@ -109,10 +108,11 @@ def _axes(layout: Layout, path: str, tensor: Tensor, shape: Shape) -> list[int]:
 def _likely_axes(layout: Layout, path: str, tensor: Tensor, shape: Shape) -> list[int]:
     """What shapes and names say of an output that the example did not have."""
     length, low = shape[layout.axis], path.lower()
-    if layout.paired and "decoder" in low:
-        return []
     if layout.paired and "cross" in low:
         return [tensor.dim() - 1]
+    if layout.paired and not low.startswith("encoder"):
+        # The decoder's, as long as the encoder's by chance.
+        return []
     if tensor.dim() == 4 and tensor.shape[2] == tensor.shape[3] == length:
         return [2, 3]
     return [layout.axis % len(shape)] if tensor.dim() >= 2 and tensor.shape[: len(shape)] == shape else []

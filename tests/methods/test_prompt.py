@@ -5,8 +5,10 @@ Shapes: B batch, P prompt, T tokens, L = P + T, D width, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +18,9 @@ from torch.nn import functional as F
 
 import peftlib
 from peftlib import PromptTuning, attach
-from peftlib.methods.calls import is_filled
+from peftlib.methods.calls import is_filled, named_tensors
 from tests.methods.prompts import F64, Decoder, V, naive, prepended, rows_of, visible
-from tests.twin import assert_twins
+from tests.twin import assert_twins, assert_untouched, classes, snapshot
 
 B, T, P = 3, 5, 3
 IDX = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(7))
@@ -268,8 +270,8 @@ WRAPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 def test_outputs_of_every_container(wrap):
     model = Wrapped(WRAPS[wrap])
     rows_of(attach(model, PromptTuning(length=P), example=IDX))
-    long = peftlib.probe.named_tensors(model.wrap(*_long(model)))
-    found = dict(peftlib.probe.named_tensors(model(IDX)))
+    long = named_tensors(model.wrap(*_long(model)))
+    found = dict(named_tensors(model(IDX)))
     for path, expected in long:
         # The pooled output is as wide as the longer sequence by chance.
         torch.testing.assert_close(found[path], expected if expected.dim() == 2 else expected[:, P:])
@@ -640,3 +642,459 @@ def test_no_special_id_stands_at_the_prompt():
     model(IDX)
     assert seen[0][:, :P].unique().tolist() == [16]
     assert torch.equal(seen[0][:, P:], IDX)
+
+
+# -- modules of hidden states ------------------------------------------------------------------------------------------
+
+
+class Patches(nn.Module):
+    """A vision transformer in small: the sequence exists inside only."""
+
+    def __init__(self, batch_first: bool = True, nested: bool = False):
+        super().__init__()
+        self.batch_first = batch_first
+        self.cut = nn.Conv2d(3, 8, 2, stride=2)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+        self.head = nn.Linear(8, 5)
+
+    def tokens(self, image: Tensor) -> Tensor:
+        x = self.cut(image).flatten(2).mT
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def forward(self, image: Tensor, mask: Tensor | None = None, pad: Tensor | None = None) -> Tensor:
+        h = self.encoder(self.tokens(image), mask, src_key_padding_mask=pad)
+        if pad is not None and self.batch_first:
+            h = h.masked_fill(pad[..., None], 0)
+        return self.head(h.mean(1 if self.batch_first else 0))
+
+
+N = 6  # patches of a (4, 6) image
+IMAGE = torch.randn(B, 3, 4, 6, dtype=F64, generator=torch.Generator().manual_seed(3))
+PATCH_PAD = torch.arange(N) >= torch.tensor([6, 4, 2])[:, None]
+FUTURE = torch.ones(N, N, dtype=torch.bool).triu(1)
+LONG_FUTURE = torch.ones(P + N, P + N, dtype=torch.bool).triu(1)
+MINUS = torch.zeros(N, N, dtype=F64).masked_fill(FUTURE, -torch.inf)
+LONG_MINUS = torch.zeros(P + N, P + N, dtype=F64).masked_fill(LONG_FUTURE, -torch.inf)
+HIDDEN_CALLS: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {
+    "alone": ({}, {}),
+    "padding": ({"pad": PATCH_PAD}, {"src_key_padding_mask": F.pad(PATCH_PAD, (P, 0))}),
+    "boolean": ({"mask": FUTURE}, {"mask": LONG_FUTURE}),
+    "additive": ({"mask": MINUS}, {"mask": LONG_MINUS}),
+    "both": (
+        {"mask": FUTURE, "pad": PATCH_PAD},
+        {"mask": LONG_FUTURE, "src_key_padding_mask": F.pad(PATCH_PAD, (P, 0))},
+    ),
+    "open": ({"mask": FUTURE & False}, {"mask": LONG_FUTURE & False}),
+}
+
+
+@pytest.mark.parametrize("call", HIDDEN_CALLS)
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("with_call", [True, False], ids=["as in the example", "unlike the example"])
+def test_a_module_of_hidden_states(call, batch_first, training, with_call):
+    model = Patches(batch_first).double().train(training)
+    given, long = HIDDEN_CALLS[call]
+    example = {"image": IMAGE} | (given if with_call else {})
+    rows = rows_of(attach(model, {"encoder": PromptTuning(length=P)}, example=example))
+
+    def twin() -> Tensor:
+        x = model.tokens(IMAGE)
+        axis = 1 if batch_first else 0
+        p = rows.expand(B, P, 8) if batch_first else rows[:, None].expand(P, B, 8)
+        with peftlib.tunings(model)["default"].disabled():
+            h = model.encoder(torch.cat([p, x], axis), **long).narrow(axis, P, N)
+        if "pad" in given and batch_first:
+            h = h.masked_fill(PATCH_PAD[..., None], 0)
+        return model.head(h.mean(axis))
+
+    assert_twins(lambda: model(IMAGE, **given), twin, {"rows": rows})
+
+
+@pytest.mark.parametrize("call", ["alone", "padding"])
+def test_the_fused_path_of_evaluation_sees_the_prompt(call):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype, torch says
+        model = Patches(nested=True).double().eval()
+        given, _ = HIDDEN_CALLS[call]
+        rows_of(attach(model, {"encoder": PromptTuning(length=P)}, example={"image": IMAGE} | given))
+        with torch.no_grad():
+            fused = model(IMAGE, **given)
+        torch.testing.assert_close(fused, model.train()(IMAGE, **given).detach())
+
+
+def test_a_recurrent_module_and_its_state():
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h, (last, _) = self.rnn(x)
+            return self.head(h), last
+
+    model, x = Tagger().double(), torch.randn(B, T, 4, dtype=F64)
+    for target in ("", "rnn"):
+        tuning = attach(model, {target: PromptTuning(length=P)}, example=x)
+        rows = rows_of(tuning)
+
+        def twin(rows: Tensor = rows, tuning: peftlib.Tuning = tuning) -> Tensor:
+            with tuning.disabled():
+                h, last = model(torch.cat([rows.expand(B, P, 4), x], 1))
+            return torch.cat([h[:, P:].flatten(), last.flatten()])
+
+        assert_twins(lambda: torch.cat([y.flatten() for y in model(x)]), twin, {"rows": rows})
+        tuning.detach()
+
+
+class Seq2Seq(nn.Module):
+    """An encoder-decoder with embeddings of its own for both sides, the decoder's vocabulary larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.src_tok, self.tgt_tok = nn.Embedding(V, 8), nn.Embedding(2 * V, 8)
+        self.net = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 2 * V)
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Any:
+        h = self.net(
+            self.src_tok(src),
+            self.tgt_tok(tgt),
+            tgt_mask=tgt_mask,
+            src_key_padding_mask=src_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+        )
+        logits = self.head(h)
+        return logits if labels is None else (logits, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+
+@pytest.mark.parametrize("tokens", [4, T, P + T], ids=lambda n: f"decoder of {n}")
+def test_an_encoder_decoder_gets_the_prompt_at_its_encoder(tokens):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: nested tensors are a prototype
+        model = Seq2Seq().double()
+    tgt = torch.randint(0, 2 * V, (B, tokens))
+    call = {
+        "src_key_padding_mask": ~RIGHT,
+        "memory_key_padding_mask": ~RIGHT,
+        "tgt_mask": torch.ones(tokens, tokens, dtype=torch.bool).triu(1),
+        "labels": tgt,
+    }
+    rows = rows_of(attach(model, PromptTuning(length=P), example=(IDX, tgt)))
+    assert [p.name for p in peftlib.tunings(model)["default"].parts] == ["", "src_tok"]
+
+    def twin() -> tuple[Tensor, Tensor]:
+        pad = F.pad(~RIGHT, (P, 0))
+        with peftlib.tunings(model)["default"].disabled():
+            h = model.net(
+                torch.cat([rows.expand(B, P, 8), model.src_tok.weight[IDX]], 1),
+                model.tgt_tok.weight[tgt],
+                tgt_mask=call["tgt_mask"],
+                src_key_padding_mask=pad,
+                memory_key_padding_mask=pad,
+            )
+        logits = model.head(h)
+        return logits, F.cross_entropy(logits.flatten(0, 1), tgt.flatten())
+
+    assert_twins(lambda: model(IDX, tgt, **call)[0], lambda: twin()[0], {"rows": rows})
+    torch.testing.assert_close(model(IDX, tgt, **call)[1], twin()[1])
+
+
+def test_a_decoder_alone():
+    layer = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerDecoder(layer, 2).double()
+    tgt, memory = torch.randn(B, T, 8, dtype=F64), torch.randn(B, 4, 8, dtype=F64)
+    call = {"tgt_mask": ~CAUSAL, "tgt_key_padding_mask": ~RIGHT}
+    rows = rows_of(attach(model, PromptTuning(length=P), example={"tgt": tgt, "memory": memory, **call}))
+
+    def twin() -> Tensor:
+        future, pad = torch.ones(P + T, P + T).triu(1).bool(), F.pad(~RIGHT, (P, 0))
+        x = torch.cat([rows.expand(B, P, 8), tgt], 1)
+        with peftlib.tunings(model)["default"].disabled():
+            return model(x, memory, tgt_mask=future, tgt_key_padding_mask=pad)[:, P:]
+
+    assert_twins(lambda: model(tgt, memory, **call), twin, {"rows": rows})
+
+
+# -- starts and sizes --------------------------------------------------------------------------------------------------
+
+
+def start(model: nn.Module, init: Any, length: int = P) -> Tensor:
+    tuning = attach(model, PromptTuning(length=length, init=init), example=IDX)
+    (rows,) = (p.detach().clone() for p in tuning.parameters())
+    tuning.detach()
+    return rows
+
+
+def test_a_start_at_vocabulary_rows():
+    model = Decoder("rotary")
+    found = (start(model, "vocab", 40)[:, None] == model.tok.weight).all(-1)
+    assert found.any(1).all()  # rows of the vocabulary, each of them
+    assert found.any(0).sum() > 10  # and not one row alone
+
+
+@pytest.mark.parametrize("make", [list, tuple, torch.tensor])
+def test_a_start_at_given_tokens(make):
+    model = Decoder()
+    ids = [4, 4, 22]
+    assert torch.equal(start(model, make(ids)), model.tok.weight[ids])
+
+
+def test_a_start_at_noise():
+    model = Decoder("rotary")
+    with torch.no_grad():
+        model.tok.weight.mul_(5)
+    spread = start(model, "normal", 500).std() / model.tok.weight.std()
+    assert 0.9 < spread < 1.1
+    vision = Patches().double()
+    tuning = attach(vision, {"encoder": PromptTuning(length=500)}, example=IMAGE)
+    (rows,) = tuning.parameters()
+    assert 0.018 < rows.std() < 0.022
+
+
+def test_rows_have_the_tables_dtype_and_device():
+    with torch.device("meta"):
+        far = nn.Sequential(nn.Embedding(V, 8, dtype=torch.bfloat16), nn.Linear(8, V))
+    tuning = attach(far, PromptTuning(length=P), example=IDX)
+    assert [(p.device.type, p.dtype) for p in tuning.parameters()] == [("meta", torch.bfloat16)]
+    wide = attach(far, PromptTuning(length=P, dtype=torch.float32), example=IDX, name="wide")
+    assert [p.dtype for p in wide.parameters()] == [torch.float32]
+
+
+@pytest.mark.parametrize("length, published", [(5, 20_480), (20, 81_920), (100, 409_600)])
+def test_published_sizes(length, published):
+    """Lester et al. 2021, section 3 and table 4: P x 4096 parameters on T5 XXL."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(32128, 4096), nn.Linear(4096, 32128, bias=False))
+    tuning = attach(model, PromptTuning(length=length), example=IDX)
+    assert tuning.num_parameters == published
+    assert tuning.num_parameters == length * 4096
+
+
+# -- what is wrong -----------------------------------------------------------------------------------------------------
+
+
+def refused(model: nn.Module, method: Any, words: str, example: Any = IDX, **options: Any) -> None:
+    """Attaching is an error with these words, and the model is what it was, in everything."""
+    before, kinds, flags = snapshot(model), classes(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(peftlib.PeftlibError, match=words):
+        attach(model, method, example=example, **options)
+    assert_untouched(model, before, kinds)
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert not peftlib.tunings(model)
+
+
+PROMPT = PromptTuning(length=P)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"length": 0}, "length must be an integer of at least 1"),
+        ({"length": 2.0}, "length must be an integer of at least 1"),
+        ({"length": 2, "init": "zeros"}, "init must be 'vocab', 'normal' or a list of token ids"),
+        ({"length": 2, "init": [1]}, "was given 1 token ids; give as many as the prompt is long"),
+        ({"length": 2, "init": None}, "must be a name or a list of token ids"),
+        ({"length": 2, "sequence_args": {"x": "tokens"}}, "the kind must be one of 'ids', 'embeds', 'mask'"),
+    ],
+)
+def test_fields_out_of_range(fields, words):
+    with pytest.raises(peftlib.PeftlibError, match=words):
+        PromptTuning(**fields)
+
+
+def test_no_example():
+    refused(Decoder(), PROMPT, "has to see one forward to know its sites: pass example=", example=None)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, V], [1, -2, 3]])
+def test_start_tokens_outside_the_vocabulary(ids):
+    unknown = next(i for i in ids if not 0 <= i < V)
+    refused(Decoder(), PromptTuning(length=P, init=ids), f"token id {unknown}; the vocabulary has {V}")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(V, 8), nn.Linear(8, V))
+    with pytest.raises(peftlib.PeftlibError, match=f"token id {unknown}; the vocabulary has {V}"):
+        attach(model, PromptTuning(length=P, init=ids), example=IDX)
+
+
+def test_start_tokens_where_there_is_no_vocabulary():
+    method = {"encoder": PromptTuning(length=P, init=[1, 2, 3])}
+    refused(Patches().double(), method, "has no vocabulary. Use init='normal'", example=IMAGE)
+
+
+class Weighted(Decoder):
+    def forward(self, ids: Tensor, importance: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        logits = super().forward(ids)
+        return logits if importance is None else logits * importance[..., None]
+
+
+def test_an_unknown_argument_in_the_example():
+    words = r"'importance' of shape \(3, 5\) looks aligned .*sequence_args=\{'importance': kind\}"
+    refused(Weighted(), PROMPT, words, example=(IDX, torch.ones(B, T, dtype=F64)))
+
+
+def test_an_unknown_argument_in_a_later_call():
+    model = Weighted()
+    attach(model, PROMPT, example=IDX)
+    with pytest.raises(peftlib.PeftlibError, match="'importance' of shape"):
+        model(IDX, torch.ones(B, T, dtype=F64))
+    expected = model(IDX)
+    peftlib.tunings(model)["default"].detach()
+    method = PromptTuning(length=P, sequence_args={"importance": "mask"})
+    attach(model, method, example=IDX)
+    assert expected.shape == model(IDX, torch.ones(B, T, dtype=F64)).shape
+
+
+def test_a_wrong_name_among_the_arguments():
+    method = PromptTuning(length=P, sequence_args={"wieghts": "mask"})
+    refused(
+        Weighted(),
+        method,
+        "sequence_args names 'wieghts', which Weighted.forward does not have; it takes 'ids'",
+    )
+
+
+def test_a_prompt_longer_than_a_table_of_positions():
+    words = (
+        "longer than the context: 'pos' has 24 positions, the example takes 5 of them, and the prompt 20 more"
+    )
+    refused(Decoder(), PromptTuning(length=20), words)
+    attach(Decoder(), PromptTuning(length=19), example=IDX)
+    attach(Decoder("rotary"), PromptTuning(length=20), example=IDX)
+
+
+def test_a_text_that_leaves_the_prompt_no_room():
+    model = Decoder()
+    attach(model, PROMPT, example=IDX)
+    assert model(IDX.repeat(1, 5)[:, :21]).shape == (B, 21, V)
+    with pytest.raises(IndexError):
+        model(IDX.repeat(1, 5)[:, :22])
+
+
+def test_a_prompt_longer_than_a_slice_of_positions():
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tok, self.pos = nn.Embedding(V, 8), nn.Parameter(torch.zeros(10, 8))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.tok(ids) + self.pos[: ids.shape[1]]
+
+    refused(Sliced(), PromptTuning(length=6), "Sliced does not take 6 more positions than the example has")
+    attach(Sliced(), PromptTuning(length=5), example=IDX)
+
+
+def test_token_types_are_no_table_of_positions():
+    # Two types, two tokens, one sequence: nothing is refused for looking like a table of two positions.
+    model = Decoder()
+    attach(model, PROMPT, example={"idx": IDX[:1, :3], "token_type_ids": torch.zeros(1, 3, dtype=torch.long)})
+
+
+class Outside(nn.Module):
+    """Looks its ids up in one module and reads them in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.rnn = nn.Embedding(V, 8), nn.GRU(8, 8, batch_first=True)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.tok(ids)
+
+    def forward(self, ids: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+        return self.rnn(self.tok(ids) if x is None else x)[0]
+
+
+def test_the_embedding_outside_the_models_forward():
+    model = Outside()
+    tuning = attach(model, PROMPT, example=IDX)
+    with pytest.raises(
+        peftlib.PeftlibError, match="The embedding ran while the module that holds the prompt was not"
+    ):
+        model.embed(IDX)
+    with tuning.disabled():
+        x = model.embed(IDX)
+    model(IDX)
+    # An error on the way leaves nothing behind.
+    with pytest.raises(IndexError):
+        model(IDX + V)
+    with pytest.raises(peftlib.PeftlibError, match="The embedding ran while"):
+        model.embed(IDX)
+    assert model(IDX).shape == (*x.shape[:2], 8)
+
+
+def test_a_call_that_never_reaches_the_embedding():
+    model = Outside()
+    attach(model, PromptTuning(length=P, sequence_args={"x": "skip"}), example=IDX)
+    with pytest.raises(peftlib.PeftlibError, match=r"without looking up its ids .* would silently be lost"):
+        model(IDX, torch.randn(B, T, 8))
+
+
+@pytest.mark.parametrize(
+    "change, shape",
+    [
+        (lambda ids: torch.cat([ids[:, :1], ids], 1), r"\(3, 9\)"),
+        (lambda ids: ids[:, 1:], r"\(3, 7\)"),
+        (lambda ids: ids.flatten(), r"\(24,\)"),
+    ],
+)
+def test_ids_of_another_length_at_the_embedding(change, shape):
+    class Changing(Outside):
+        def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+            return self.rnn(self.tok(change(ids)))[0]
+
+    words = (
+        f"The embedding 'tok' sees ids of shape {shape} where the model takes 8 positions|shows no sequence"
+    )
+    refused(Changing(), PROMPT, words)
+
+
+def test_outputs_that_cannot_be_shortened():
+    class Halved(Outside):
+        def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+            return self.rnn(self.tok(ids))[0][:, ::2]
+
+    refused(Halved(), PromptTuning(length=4), r"the output 'tensor' goes from \(3, 3, 8\) to \(3, 5, 8\)")
+
+    class Opaque(Outside):
+        def forward(self, ids: Tensor) -> Any:  # type: ignore[override]
+            return SimpleNamespace(hidden=super().forward(ids))
+
+    refused(Opaque(), PROMPT, "SimpleNamespace shows no tensors: return a tensor, or a tuple")
+
+
+def test_images_and_containers():
+    model = Patches().double()
+    refused(model, PROMPT, "Patches shows no sequence that a prompt could go before", example=IMAGE)
+    refused(
+        model,
+        {"cut": PROMPT},
+        r"a sequence of vectors \(B, T, D\); 'cut' takes 'input' of shape",
+        example=IMAGE,
+    )
+    refused(model, {"encoder.layers": PROMPT}, "it has no forward", example=IMAGE)
+    refused(model, {"head.weight": PROMPT}, "acts on a module's input, not on a parameter", example=IMAGE)
+
+
+def test_a_filled_cache_in_the_example():
+    past = [(torch.randn(B, 2, 4, 4, dtype=F64),) * 2] * 2
+    refused(Decoder(), PROMPT, "The example's cache is filled", example={"idx": IDX, "past": past})
+
+
+def test_a_prompt_cannot_be_merged_or_folded():
+    model = Decoder()
+    tuning = attach(model, PROMPT, example=IDX)
+    expected = model(IDX)
+    with pytest.raises(peftlib.PeftlibError, match="A prompt cannot be merged"):
+        tuning.merge()
+    with pytest.raises(peftlib.PeftlibError, match="no reparametrization to fold"):
+        tuning.fold()
+    assert torch.equal(model(IDX), expected)
