@@ -23,6 +23,7 @@ from peftlib.methods.base import (
     check_positive_int,
     first_argument,
     map_first,
+    map_nested,
     placement,
     plain_class,
 )
@@ -75,8 +76,11 @@ class Bottleneck(Delta):
         return map_first(base(*args, **kwargs), lambda f: f + self._bottleneck(f))
 
     def _bottleneck(self, h: Tensor) -> Tensor:
+        if h.is_nested:
+            # A padded batch in an nn.TransformerEncoder; most activations have no backward for these.
+            return map_nested(self._bottleneck, h)
         wanted = self.down.shape[1]
-        if h.dim() < 1 or h.dim() <= self.axis or h.size(self.axis) != wanted:
+        if h.dim() < 1 or h.dim() <= self.axis or h.shape[self.axis] != wanted:
             raise PeftlibError(
                 f"An adapter for {wanted} features on axis {self.axis} met a tensor of shape {tuple(h.shape)}. Attach "
                 "with example=, so that the width is seen instead of guessed, or set Adapter(axis=...)."
@@ -94,7 +98,7 @@ class Bottleneck(Delta):
 
     @staticmethod
     def _beside(f: Tensor, update: Tensor) -> Tensor:
-        if update.shape != f.shape:
+        if not f.is_nested and update.shape != f.shape:
             raise PeftlibError(
                 f"A parallel adapter made {tuple(update.shape)} of its module's input, and the module "
                 f"{tuple(f.shape)}. Use placement='sequential', or a module that keeps all but the feature axis."

@@ -90,7 +90,10 @@ class Delta(nn.Module):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors a file holds, by name."""
         yield from self.named_parameters()
-        yield from self.named_buffers()
+        for path, module in self.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    yield (f"{path}.{name}" if path else name), buffer
 
     def derive(self) -> None:
         """Compute what is neither trained nor saved, once the tensors have come from a file."""
@@ -283,6 +286,12 @@ def without_values() -> Iterator[None]:
         yield
     finally:
         _WITHOUT_VALUES.reset(token)
+
+
+def map_nested(change: Callable[..., Tensor], *nested: Tensor) -> Tensor:
+    """``change`` on the rows of nested tensors, each of them plain."""
+    rows = [change(*row) for row in zip(*(t.unbind() for t in nested), strict=True)]
+    return torch.nested.as_nested_tensor(rows)
 
 
 def placement(site: Site, dtype: torch.dtype | None = None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from peftlib.methods.base import (
     check_probability,
     first_argument,
     map_first,
+    map_nested,
     placement,
     plain_class,
 )
@@ -76,8 +77,14 @@ class LowRank(Delta):
             # A factor's dtype (dtype=) never becomes the model's.
             return map_first(base(*args, **kwargs), lambda y: y + self.update(x).to(y.dtype))
         scale, bias = self.magnitude(self.a, self.b, self.scaling)
+
+        def rescaled(y: Tensor, update: Tensor) -> Tensor:
+            return torch.addcmul(bias, scale, y - bias + update).to(y.dtype)
+
         return map_first(
-            base(*args, **kwargs), lambda y: torch.addcmul(bias, scale, y - bias + self.update(x)).to(y.dtype)
+            base(*args, **kwargs),
+            # Nested tensors (a padded batch in an nn.TransformerEncoder) do not broadcast.
+            lambda y: map_nested(rescaled, y, self.update(x)) if y.is_nested else rescaled(y, self.update(x)),
         )
 
     def drop(self, x: Tensor) -> Tensor:
