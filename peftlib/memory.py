@@ -42,7 +42,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from peftlib.errors import PeftlibError, ProbeError
-from peftlib.probe import as_call, structural_copy, tensors_of
+from peftlib.methods.calls import tensors_of
+from peftlib.probe import as_call, structural_copy
 from peftlib.report import Table, bar_chart, format_bytes
 
 PARTS = {

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from peftlib.attention import attention_with_weights
 from peftlib.errors import ProbeError
 from peftlib.methods.base import CHILD, Site, first_tensor
+from peftlib.methods.calls import tensors_of
 from peftlib.methods.linear import linear_shape
 from peftlib.site import can_open_attention, close_host, is_open, open_host
 
@@ -345,27 +346,6 @@ def _observe(
         if name and name not in record.heads and leaf_value.dim() <= whole.dim():
             record.heads.append(name)
     return output
-
-
-def tensors_of(output: Any) -> Iterator[Tensor]:
-    """Every tensor in an output of tensors, tuples, mappings and dataclasses."""
-    for _, tensor in named_tensors(output):
-        yield tensor
-
-
-def named_tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in an output with a path such as ``"logits"`` or ``"hidden_states.0"``."""
-    if isinstance(output, Tensor):
-        yield path, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from named_tensors(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(output, (tuple, list)):
-        for i, value in enumerate(output):
-            yield from named_tensors(value, f"{path}.{i}" if path else str(i))
-    elif hasattr(output, "__dataclass_fields__"):
-        for key in output.__dataclass_fields__:
-            yield from named_tensors(getattr(output, key), f"{path}.{key}" if path else key)
 
 
 def _storage(tensor: Tensor) -> Any:

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from peftlib import LoRA, PTuningV2, attach
 from peftlib.errors import ProbeError
 from peftlib.methods.base import Site
-from peftlib.probe import Attention, Probe, as_call, named_tensors
+from peftlib.methods.calls import named_tensors
+from peftlib.probe import Attention, Probe, as_call
 from tests.twin import assert_untouched, classes, snapshot
 
 

@@ -1,9 +1,9 @@
-"""Calls by argument name, and what their caches say."""
+"""Calls by argument name, the tensors in what they return, and what their caches say."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,3 +60,24 @@ def _is_blank(cache: Tensor) -> bool:
     if torch.compiler.is_compiling() or cache.is_meta or isinstance(cache, FakeTensor) or not cache.dim():
         return False
     return not bool(cache[(0,) * (cache.dim() - 1)].any())
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """Every tensor in an output of tensors, tuples, mappings and dataclasses."""
+    for _, tensor in named_tensors(output):
+        yield tensor
+
+
+def named_tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in an output with a path such as ``"logits"`` or ``"hidden_states.0"``."""
+    if isinstance(output, Tensor):
+        yield path, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from named_tensors(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(output, (tuple, list)):
+        for i, value in enumerate(output):
+            yield from named_tensors(value, f"{path}.{i}" if path else str(i))
+    elif hasattr(output, "__dataclass_fields__"):
+        for key in output.__dataclass_fields__:
+            yield from named_tensors(getattr(output, key), f"{path}.{key}" if path else key)
