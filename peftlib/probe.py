@@ -128,10 +128,14 @@ class Probe:
             return True
         return site.name in self.record.traces
 
+    def part(self, name: str) -> nn.Module:
+        """The copy's module of a name."""
+        return self._copy.get_submodule(name)
+
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = "") -> Record:
         """Run the copy, or the named part of it, on inputs whose shapes count, and record what happens."""
         record = Record()
-        part = self._copy.get_submodule(name)
+        part = self.part(name)
         args, kwargs = _unused((args, dict(kwargs)))
         with torch.random.fork_rng(devices=[], enabled=not self.fake), torch.enable_grad():
             if self.fake:

@@ -26,7 +26,7 @@ from peftlib.methods.base import Site, first_tensor
 from peftlib.methods.calls import argument_names, back, by_name, named_tensors
 from peftlib.methods.outputs import learn_outputs
 from peftlib.methods.sequence import DECODER, Layout, Longer, lengthen
-from peftlib.methods.virtual import prompts_at
+from peftlib.methods.virtual import prompts_within, resting
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe, Record
@@ -74,7 +74,7 @@ def learn(
     if table is not None:
         module: Any = tree.modules[table]
         facts |= {"width": module.embedding_dim, "placeholder": _ordinary_id(module, tree.model)}
-        seen = longer.shape[layout.axis] + prompts_at(module)
+        seen = longer.shape[layout.axis] + prompts_within(site.module, module)
         facts |= _lookups(table, before.record, after.record, seen, main)
     _check_positions(table, length, before.record, after.record, tree)
     short = tuple(
@@ -100,9 +100,12 @@ def _learn_relays(
     site: Site, table: str, ids: Tensor, length: int, tree: Tree, probe: Probe
 ) -> dict[str, dict[str, Any]]:
     """The modules inside an encoder-decoder that get its ids, and may be called by themselves: the encoder."""
-    found, others = {}, prompts_at(tree.modules[table])
+    found = {}
     for inner in tree.inside(site.name):
         trace = probe.trace(inner)
+        others = prompts_within(site.module, tree.modules[table]) - prompts_within(
+            inner.module, tree.modules[table]
+        )
         if inner.name == site.name or trace is None or isinstance(inner.module, nn.Embedding):
             continue
         if any(_is_handed_on(v, ids, others) for v in (*trace.call[0], *trace.call[1].values())):
@@ -143,7 +146,7 @@ class _Example:
     def run(self, changed: Mapping[str, Any] | None = None, more: Mapping[str, Any] | None = None) -> _Run:
         """The call once more, with some arguments changed and some added."""
         args, kwargs = back(self.names, self.args, self.kwargs, changed or {})
-        with _Witness() as witness:
+        with _Witness() as witness, resting(self.probe.part(self.site.name)):
             record = self.probe.run(args, {**kwargs, **(more or {})}, self.site.name)
         return _Run(record, [*witness.times, *_module_times(record, self.tree)], witness.ignored)
 
@@ -156,7 +159,8 @@ class _Example:
         declared = self._declared()
         found = []
         for name in tables:
-            ids, others = self._looked_up(name), prompts_at(self.tree.modules[name])
+            ids, module = self._looked_up(name), self.tree.modules[name]
+            others = prompts_within(self.site.module, module)
             sources = [main for main, value in whole.items() if _is_handed_on(ids, value, others)]
             # Ids that were changed on the way are known by their shape alone.
             alike = [main for main, value in whole.items() if ids is not None and ids.shape == value.shape]

@@ -10,6 +10,7 @@ Shape legend: P prompt length, D embedding width.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -228,10 +229,27 @@ class Overwrite(AtEmbedding):
         return []  # the prompt itself refuses
 
 
-def prompts_at(table: nn.Module) -> int:
-    """How many positions the enabled prompts in front write into an embedding."""
+def prompts_within(part: nn.Module, table: nn.Module) -> int:
+    """How many positions the enabled prompts at and in a part put before the ids that an embedding sees."""
+    inside = set(part.modules())
     active = table.__dict__.get("_peft_active", ())
-    return sum(delta.anchor.length for delta in active if isinstance(delta, Overwrite))
+    return sum(d.anchor.length for d in active if isinstance(d, Overwrite) and d.anchor in inside)
+
+
+@contextlib.contextmanager
+def resting(part: nn.Module) -> Iterator[None]:
+    """Let a part run by itself for a trial, without the prompts of modules around it."""
+    inside = set(part.modules())
+    found = (delta for module in inside for delta in module.__dict__.get("_peft_active", ()))
+    around = {d.anchor for d in found if isinstance(d, Overwrite)} - inside
+    idle = [anchor for anchor in around if anchor.room is None]
+    for anchor in idle:
+        anchor.room = Room(anchor.entry, ())
+    try:
+        yield
+    finally:
+        for anchor in idle:
+            anchor.room = None
 
 
 def _spread(rows_PD: Tensor, like: Tensor, axis: int) -> Tensor:
