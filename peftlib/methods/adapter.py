@@ -237,18 +237,19 @@ class Adapter(Method):
 
     def _published(self, block: Site, tree: Tree, probe: Probe) -> list[Site]:
         """The last projection of the block, and the first linear after its attention."""
-        prefix = f"{block.name}."
-        order = [n for n in probe.record.order if n.startswith(prefix)]
+        own = (f"{block.name}.", f"{block.name}!")
+        order = [n for n in probe.record.order if n.startswith(own)]
         linear = [n for n in order if n in tree.modules and linear_shape(tree.modules[n]) is not None]
         if not linear:
             return []
         last = linear[-1]
-        calls = [i for i, n in enumerate(order) if n.endswith("!")]
         if self.where == "parallel":
             return self._feed_forward(last, tree, probe, block.name)
+        if self.where == "pfeiffer":
+            return [tree.site(last)]
+        calls = [i for i, n in enumerate(order) if n.endswith("!")]
         after = next((n for n in order[calls[0] :] if n in linear), None) if calls else None
-        names = [after, last] if self.where == "houlsby" else [last]
-        return [tree.site(n) for n in dict.fromkeys(names) if n is not None]
+        return [] if after is None else [tree.site(n) for n in dict.fromkeys((after, last))]
 
     @staticmethod
     def _feed_forward(last: str, tree: Tree, probe: Probe, block: str) -> list[Site]:

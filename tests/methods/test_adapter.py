@@ -291,6 +291,29 @@ class BERTBlock(nn.Module):
         return self.n2(x + self.down(F.gelu(self.up(x))))
 
 
+class FlatBlock(nn.Module):
+    """Calls SDPA itself: neither attention nor feed-forward is a module of its own."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        return x + self.down(self.up(x).relu())
+
+
+class MixerBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = FeedForward(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
 class Model(nn.Module):
     def __init__(self, block: type[nn.Module], width: int = 8, layers: int = 2):
         super().__init__()
@@ -332,6 +355,10 @@ def test_without_blocks_the_default_is_after_each_linear_but_the_head() -> None:
         (GPTBlock, Adapter.parallel(dim=4), ["mlp"]),
         (BERTBlock, Adapter.houlsby(dim=4), ["attention.o", "down"]),
         (BERTBlock, Adapter.pfeiffer(reduction=2), ["down"]),
+        (FlatBlock, Adapter.houlsby(dim=4), ["o", "down"]),
+        (FlatBlock, Adapter.pfeiffer(reduction=2), ["down"]),
+        (MixerBlock, Adapter.pfeiffer(reduction=2), ["mlp.down"]),
+        (MixerBlock, Adapter.parallel(dim=4), ["mlp"]),
     ],
 )
 def test_presets_find_the_published_places(
