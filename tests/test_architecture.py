@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import peftlib
-from peftlib.methods.base import METHODS, Delta, Method
+from peftlib.methods.base import METHODS, Method
 
 ROOT = Path(peftlib.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -199,15 +199,6 @@ def test_nothing_of_torch_is_patched(path: Path) -> None:
             assert ast.unparse(node.args[0]).partition(".")[0] not in ("torch", "nn", "F"), ast.unparse(node)
 
 
-def test_no_registry_of_methods_but_their_names() -> None:
-    """A method is one file; files find it by its class's name."""
-    own = {n: m for n, m in METHODS.items() if m.__module__.startswith("peftlib.")}
-    concrete = {n: m for n, m in own.items() if not inspect.isabstract(m) and hasattr(peftlib, n)}
-    files = [m.__module__ for m in concrete.values()]
-    assert len(set(files)) == len(files)
-    assert set(concrete) == {n for n in peftlib.__all__ if is_method(getattr(peftlib, n))}
-
-
 # -- the public surface ------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +236,10 @@ def overrides(cls: type, name: str) -> bool:
     return any(name in vars(base) for base in cls.__mro__[1:])
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS.values() if m.__module__.startswith("peftlib.")])
+PUBLIC_METHODS = [getattr(peftlib, n) for n in peftlib.__all__ if is_method(getattr(peftlib, n))]
+
+
+@pytest.mark.parametrize("method", PUBLIC_METHODS)
 def test_every_field_of_a_method_is_documented(method: type[Method]) -> None:
     documented = set()
     for cls in method.__mro__:
@@ -255,9 +249,7 @@ def test_every_field_of_a_method_is_documented(method: type[Method]) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize(
-    "method", [getattr(peftlib, n) for n in peftlib.__all__ if is_method(getattr(peftlib, n))]
-)
+@pytest.mark.parametrize("method", PUBLIC_METHODS)
 def test_methods_are_frozen_keyword_only_configurations_with_an_example(method: type[Method]) -> None:
     assert method.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert ">>>" in (method.__doc__ or "")
@@ -265,19 +257,14 @@ def test_methods_are_frozen_keyword_only_configurations_with_an_example(method: 
     assert positional in ([], ["out_features", "bias"], ["ids"])
 
 
-def test_classes_are_abstract_or_final() -> None:
-    """A delta or method that others derive from is not itself put on a model."""
-    own = [c for c in _subclasses(Delta) if c.__module__.startswith("peftlib.")]
-    public = {getattr(peftlib, n) for n in peftlib.__all__ if is_method(getattr(peftlib, n))}
-    for method in public:
+def test_each_method_is_a_file_of_its_own_and_found_by_its_name() -> None:
+    assert len({m.__module__ for m in PUBLIC_METHODS}) == len(PUBLIC_METHODS)
+    assert all(METHODS[m.__name__] is m for m in PUBLIC_METHODS)
+
+
+def test_methods_are_final() -> None:
+    for method in PUBLIC_METHODS:
         assert not [c for c in method.__subclasses__() if c.__module__.startswith("peftlib.")]
-    assert own
-
-
-def _subclasses(cls: type) -> Iterator[type]:
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: name_of(p) or "__init__")
