@@ -188,18 +188,26 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _unused(call: Any) -> Any:
-    """A call whose lists, dicts and caches are not the given ones, so that a forward that fills them spares those."""
+def _unused(call: Any, seen: dict[int, Any] | None = None) -> Any:
+    """A call whose lists, dicts and caches are not the given ones, so that a forward that fills them spares those.
 
-    def copied(leaf: Any) -> Any:
-        if isinstance(leaf, _PLAIN) or callable(leaf):
-            return leaf
-        try:
-            return copy.deepcopy(leaf)
-        except Exception:  # noqa: BLE001 (whatever its __deepcopy__ raises: then the forward fills the given one)
-            return leaf
+    Tensors stay the same: a deep copy of a fake one has no memory behind it.
+    """
+    seen = {} if seen is None else seen
+    if isinstance(call, _PLAIN) or callable(call) or id(call) in seen:
+        return seen.get(id(call), call)
+    if isinstance(call, (list, tuple, dict)):
+        # Flattened once, for its leaves may be containers of a kind that pytree does not know.
+        return pytree.tree_map(lambda leaf: _unused(leaf, seen), call, is_leaf=lambda x: not _is_container(x))
+    if not hasattr(call, "__dict__"):
+        return call
+    seen[id(call)] = made = copy.copy(call)
+    vars(made).update({key: _unused(value, seen) for key, value in vars(call).items()})
+    return made
 
-    return pytree.tree_map(copied, call)
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (list, tuple, dict))
 
 
 def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

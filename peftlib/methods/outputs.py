@@ -100,7 +100,7 @@ def _axes(layout: Layout, path: str, tensor: Tensor, shape: Shape) -> list[int]:
     alike = {
         tuple(axes) for p, axes in layout.outputs.items() if axes and len(layout.sizes[p]) == tensor.dim()
     }
-    if len(alike) == 1 and not guess:
+    if len(alike) == 1 and not guess and not layout.paired:
         return list(alike.pop())
     return guess
 

@@ -186,6 +186,7 @@ def lengthen(
     *,
     placeholder: int = 0,
     rows: Callable[[Tensor], Tensor] | None = None,
+    others: int = 0,
 ) -> Longer:
     """The arguments that change when ``extra`` positions come in front.
 
@@ -195,10 +196,11 @@ def lengthen(
         extra: P.
         placeholder: the id that stands in the new positions of ids.
         rows: ``rows(embeds)`` gives the values for the new positions of embeddings; ``None`` is zeros.
+        others: positions that prompts further in will put in front as well.
     """
     main = layout.main if isinstance(call.get(layout.main), Tensor) else _embeds(layout, call)
     if main is None:
-        return Longer(_masks_of_memory(layout, call, extra))
+        return Longer(_masks_of_memory(layout, call, extra, others))
     embedded = main != layout.main or layout.kind == "embeds"
     shape = tuple(call[main].shape[:-1] if embedded else call[main].shape)
     length = shape[layout.axis]
@@ -273,7 +275,7 @@ def _past(layout: Layout, call: Mapping[str, Any]) -> tuple[bool, list[str]]:
     return not offsets and is_filled(caches), offsets
 
 
-def _masks_of_memory(layout: Layout, call: Mapping[str, Any], extra: int) -> dict[str, Any]:
+def _masks_of_memory(layout: Layout, call: Mapping[str, Any], extra: int, others: int) -> dict[str, Any]:
     """The masks over an encoder's output that is longer by the prompt and given in place of ids."""
     changed: dict[str, Any] = {}
     for source, outputs in call.items():
@@ -283,7 +285,7 @@ def _masks_of_memory(layout: Layout, call: Mapping[str, Any], extra: int) -> dic
         for name, mask in call.items():
             kind = layout.given.get(name, _mask_kind(name) if "mask" in name else "skip")
             if isinstance(mask, Tensor) and kind in ("mask", "padding_mask") and not name.startswith(DECODER):
-                if mask.shape[-1] == memory.shape[1] - extra:
+                if mask.shape[-1] == memory.shape[1] - extra - others:
                     changed[name] = lengthen_mask(mask, extra, hides=kind == "padding_mask")
     return changed
 

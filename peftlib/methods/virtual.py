@@ -114,10 +114,18 @@ class Prepend(Delta):
         """The output of the longer call as it is, and what was done to the call."""
         layout = entry.layout
         call = by_name(entry.names, args, kwargs)
-        longer = lengthen(layout, call, self.length, placeholder=self.placeholder, rows=self._rows)
+        others = [anchor for anchor in self._others() if anchor.room is None]
+        longer = lengthen(
+            layout,
+            call,
+            self.length,
+            placeholder=self.placeholder,
+            rows=self._rows,
+            others=sum(anchor.length for anchor in others),
+        )
         args, kwargs = back(entry.names, args, kwargs, longer.changed)
         looked_up = layout.kind == "ids" and layout.main in longer.changed
-        enclosing = [room for room in self._rooms_of_others() if longer.shape]
+        enclosing = [anchor.room for anchor in self._others() if anchor.room is not None and longer.shape]
         outer, room = self.room, Room(entry, longer.lengths if looked_up else ())
         self.room = room
         for other in enclosing:
@@ -135,16 +143,12 @@ class Prepend(Delta):
             )
         return output, longer
 
-    def _rooms_of_others(self) -> Iterator[Room]:
-        """Prompts of other tunings whose forward is running around this one."""
+    def _others(self) -> Iterator[Prepend]:
+        """The enabled prompts of other tunings at the same embedding; those whose forward runs are around this one."""
         for table in self._table:
             for delta in table.__dict__["_peft_active"]:
-                if (
-                    isinstance(delta, Overwrite)
-                    and delta.anchor is not self
-                    and delta.anchor.room is not None
-                ):
-                    yield delta.anchor.room
+                if isinstance(delta, Overwrite) and delta.anchor is not self:
+                    yield delta.anchor
 
     def _rows(self, embeds: Tensor) -> Tensor:
         axis = self.entry.layout.axis
