@@ -175,7 +175,7 @@ def _open(part: Part, tree: Tree) -> None:
             # An attention makes its projections when it opens; from then on they are the site.
         if isinstance(part.host, Projection):
             part.host = part.opened[0]._modules[f"{part.host.which}_proj"]  # type: ignore[assignment]
-        hook = any(isinstance(m, nn.TransformerEncoderLayer) for _, m in tree.ancestors(part.name))
+        hook = bool(tree.around(part.name, nn.TransformerEncoderLayer))
         open_host(part.host, shadow=part.parameter, hook=hook).add(part.key, part.delta)
     except BaseException:
         for host in opened:
@@ -191,12 +191,8 @@ def _enclosing(site: Site, tree: Tree, nesting: set[int]) -> list[nn.Module]:
     """
     parent = tree.parent(site.name) if site.parameter is None else None
     found: list[nn.Module] = [parent] if isinstance(parent, nn.MultiheadAttention) else []
-    for _, around in tree.ancestors(site.name):
-        if (
-            isinstance(around, nn.TransformerEncoder)
-            and around.use_nested_tensor
-            and id(around) not in nesting
-        ):
+    for around in tree.around(site.name, nn.TransformerEncoder):
+        if around.use_nested_tensor and id(around) not in nesting:
             nesting.add(id(around))
             found += [m for m in around.modules() if can_open_attention(m)]
     return found

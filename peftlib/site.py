@@ -39,7 +39,7 @@ class Deltas(nn.Module):
 
     def add(self, key: str, delta: Delta) -> None:
         delta.order = self.count
-        self.count += 1
+        self.__dict__["count"] = self.count + 1
         # Past add_module's checks: ":" keeps every key apart from nn.Module's own attributes.
         self._modules[key] = delta
 

@@ -12,7 +12,7 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -24,6 +24,8 @@ from peftlib.site import can_open_attention
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe
+
+M = TypeVar("M", bound=nn.Module)
 
 ATTENTION_CHILDREN = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -42,6 +44,7 @@ class Tree:
         self.modules: dict[str, nn.Module] = {}
         self.aliases: dict[str, str] = {}
         self._names: dict[int, str] = {}
+        self._has: dict[type[nn.Module], bool] = {}
         self._visit(model, "", frozenset())
         self._places = {name: i for i, name in enumerate(self.aliases)}
         lazy = [n for n, _, _, p in self.parameters() if isinstance(p, UninitializedParameter)]
@@ -124,6 +127,12 @@ class Tree:
         while name:
             name = name.rpartition(".")[0]
             yield name, self.modules[self.aliases[name]]
+
+    def around(self, name: str, kind: type[M]) -> list[M]:
+        """The modules of a kind that hold a module, the innermost first."""
+        if kind not in self._has:
+            self._has[kind] = any(isinstance(m, kind) for m in self.modules.values())
+        return [m for _, m in self.ancestors(name) if isinstance(m, kind)] if self._has[kind] else []
 
     def parameters(self) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
         """Each base parameter once: (dotted name, owner, own name, parameter)."""

@@ -69,10 +69,12 @@ class Delta(nn.Module):
     """Set by ``attach``: deltas of one host run in the order in which they came."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Most of a delta's attributes are plain, and nn.Module's checks of each would cost more than all the rest of
-        # building it.
-        if type(value) in _PLAIN:
+        # What nn.Module checks at each assignment would cost more than all the rest of building a delta.
+        kind = type(value)
+        if kind in _PLAIN:
             object.__setattr__(self, name, value)
+        elif kind is nn.Parameter and name not in self.__dict__ and name not in self._buffers:
+            self._parameters[name] = value
         else:
             super().__setattr__(name, value)
 

@@ -52,7 +52,7 @@ class LowRank(Delta):
         self.magnitude: Magnitude | None = None
         self.a = nn.Parameter(torch.empty(*a, **where))
         self.b = nn.Parameter(torch.empty(*b, **where))
-        if self.a.device.type != "meta":
+        if where["device"].type != "meta":
             with torch.no_grad():
                 self.start(method.init)
 
@@ -125,10 +125,10 @@ class LinearLoRA(LowRank):
     """``a_RI``, ``b_OR`` beside any module that maps I features to O."""
 
     def __init__(self, method: LoRA, host: nn.Module, shape: tuple[int, int], **where: Any):
-        self.rows = method.rows
+        self.rows = tuple(method.rows or ())
         covered = sum(stop - start for start, stop in self.rows) if self.rows else shape[1]
         super().__init__(
-            method, host, (len(self.rows or [0]) * method.rank, shape[0]), (covered, method.rank), **where
+            method, host, (max(1, len(self.rows)) * method.rank, shape[0]), (covered, method.rank), **where
         )
         self.out_features = shape[1]
 
@@ -149,7 +149,6 @@ class LinearLoRA(LowRank):
 
     def _spread(self, s: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor], axis: int) -> Tensor:
         """Each slice's product at its own output features, zeros between them."""
-        assert self.rows is not None
         sizes = [stop - start for start, stop in self.rows]
         pieces, at = [], 0
         for (start, stop), s_i, b_i in zip(
