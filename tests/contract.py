@@ -96,10 +96,7 @@ def frozen(value: Any) -> Any:
             bits = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         place = None if value.is_meta else value.data_ptr()
         grad = value.grad is not None if value.is_leaf else None
-        return (id(value), type(value), place, value.dtype, value.shape, value.stride(), bits) + (
-            value.requires_grad,
-            grad,
-        )
+        return (id(value), type(value), place, value.dtype, value.shape, value.stride(), bits, value.requires_grad, grad)
     if isinstance(value, dict):
         return [(key, frozen(item)) for key, item in value.items()]
     if isinstance(value, (list, tuple)):
@@ -313,7 +310,7 @@ def pair_base(pair: Pair, model: nn.Module) -> Iterable[tuple[str, nn.Parameter]
 
 @invariant
 def loading_names_every_wrong_key_and_writes_nothing(pair: Pair) -> None:
-    model, tuning = pair.tuned()
+    _model, tuning = pair.tuned()
     before = {k: v.clone() for k, v in tuning.state_dict().items()}
     other = {k: v + 1 for k, v in before.items()}
     first = next(iter(other))
@@ -507,7 +504,7 @@ def compiled(model: nn.Module, backend: str) -> nn.Module:
 def compiles_without_a_break(pair: Pair) -> None:
     if not pair.host.compiles:
         pytest.skip("the plain model is no single graph")
-    model, tuning = pair.tuned()
+    model, _tuning = pair.tuned()
     eager = pair.run(model)
     fast = compiled(model, "eager")
     assert close(pair.run(fast), eager)
