@@ -96,7 +96,8 @@ def frozen(value: Any) -> Any:
             bits = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         place = None if value.is_meta else value.data_ptr()
         grad = value.grad is not None if value.is_leaf else None
-        return (id(value), type(value), place, value.dtype, value.shape, value.stride(), bits, value.requires_grad, grad)
+        layout = (value.dtype, value.shape, value.stride())
+        return (id(value), type(value), place, *layout, bits, value.requires_grad, grad)
     if isinstance(value, dict):
         return [(key, frozen(item)) for key, item in value.items()]
     if isinstance(value, (list, tuple)):
