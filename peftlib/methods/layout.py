@@ -11,6 +11,7 @@ Shape legend: B batch, P prompt length, T tokens.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -248,21 +249,25 @@ class _Example:
 
     def try_labels(self, layout: Layout, length: int) -> None:
         """What the outputs are with labels, and which label the loss ignores, if the example has none."""
+        from peftlib.probe import named_tensors
+
         name = next((n for n in _LABELS if n in self.names), None)
         if name is None or layout.kind != "ids" or layout.paired or self.call.get(name) is not None:
             return
         if name in self.names[: len(self.args)]:
             return
         labels = {name: torch.zeros_like(self.call[layout.main])}
-        try:
+        # Labels may be of another shape, say; then their first use has to tell.
+        with contextlib.suppress(Exception):
             before = self.run(more=labels)
             layout.ignored = before.ignored
+            outputs = named_tensors(before.record.output)
+            if all(path in layout.outputs for path, tensor in outputs if tensor.dim()):
+                return
             longer = lengthen(layout, {**self.call, **labels}, length)
             after = self.run(longer.changed, {name: longer.changed.get(name, labels[name])})
-        except Exception:  # noqa: BLE001 (labels of another shape, say; their first use will tell)
-            return
-        short = tuple(self.call[layout.main].shape)
-        learn_outputs(layout, before.record.output, after.record.output, short, longer.shape)
+            short = tuple(self.call[layout.main].shape)
+            learn_outputs(layout, before.record.output, after.record.output, short, longer.shape)
 
 
 class _Witness(TorchFunctionMode):

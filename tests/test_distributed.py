@@ -1,0 +1,88 @@
+"""Two processes with sharded parameters compute what one process does, and save the same file."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from peftlib.container import read
+
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import peftlib
+from peftlib import Adapter, LoRA, PrefixTuning
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.down(self.up(x).relu())
+
+
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = nn.Sequential(Block(), Block(), nn.Linear(8, 3)).double()
+x, y = torch.randn(4, 5, 8).double(), torch.randn(4, 5, 3).double()
+parts = {"up": LoRA(rank=2), "down": Adapter(dim=3), "attention": PrefixTuning(length=2, hidden=4)}
+tuning = peftlib.attach(model, parts, example=x)
+with torch.no_grad():
+    for p in tuning.parameters():
+        p.add_(torch.randn_like(p) * 0.3)
+if world > 1:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    for block in model[:2]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
+mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
+for _ in range(2):
+    (model(x[mine]) - y[mine]).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+tuning.save(f"{folder}/world{world}.safetensors")
+out = model(x).detach()
+if rank == 0:
+    torch.save(out, f"{folder}/world{world}.pt")
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def run(world, folder):
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SCRIPT)]
+    started = [
+        subprocess.Popen([*command, str(rank), str(world), str(folder)], stderr=subprocess.PIPE, text=True)
+        for rank in range(world)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+
+def test_two_sharded_processes_equal_one(tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    run(1, tmp_path)
+    run(2, tmp_path)
+    one, two = (torch.load(tmp_path / f"world{n}.pt") for n in (1, 2))
+    torch.testing.assert_close(two, one)
+    files = [read(tmp_path / f"world{n}.safetensors") for n in (1, 2)]
+    assert files[0][0]["plan"] == files[1][0]["plan"]
+    assert files[0][1].keys() == files[1][1].keys()
+    for key, value in files[0][1].items():
+        torch.testing.assert_close(files[1][1][key], value)
