@@ -249,8 +249,6 @@ class _Example:
 
     def try_labels(self, layout: Layout, length: int) -> None:
         """What the outputs are with labels, and which label the loss ignores, if the example has none."""
-        from peftlib.probe import named_tensors
-
         name = next((n for n in _LABELS if n in self.names), None)
         if name is None or layout.kind != "ids" or layout.paired or self.call.get(name) is not None:
             return
