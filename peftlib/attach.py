@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peftlib.errors import PeftlibError, ProbeError, StateError, TargetError
+from peftlib.errors import PeftlibError, ProbeError, StateError
 from peftlib.methods.base import Method, Site
 from peftlib.methods.full import FullFineTuning
 from peftlib.methods.new_head import NewHead
@@ -244,14 +244,7 @@ def _head_requests(method: Method, tree: Tree, probe: Probe | None) -> Iterator[
     if head is None:
         return
     if isinstance(head, NewHead):
-        names = sorted(tree.output_heads(probe))
-        if len(names) != 1:
-            raise TargetError(
-                f"head=NewHead(...) needs one output layer to replace, and {len(names)} were found"
-                f"{': ' + ', '.join(map(repr, names)) if names else ''}. Name it: head={{'classifier': NewHead(...)}}"
-                + ("" if probe is not None else ", or pass example=.")
-            )
-        yield names, head
+        yield None, head
     elif isinstance(head, Mapping):
         yield from _requests(head, None)
     else:

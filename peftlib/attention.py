@@ -72,6 +72,8 @@ class PrefixScope(TorchFunctionMode):
         self.key_PHE = key
         self.value_PHE = value
         self.trains = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+        self.met = False
+        """Whether an attention call has been made inside."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
@@ -114,6 +116,7 @@ class PrefixScope(TorchFunctionMode):
                 "a reentrant checkpoint, be left out of the recomputation). Checkpoint the whole attention module "
                 "instead, or call the model under torch.no_grad()."
             )
+        self.met = True
         gqa = options.get("enable_gqa", False)
         n_real, n_prefix = key.shape[-2], self.key_PHE.shape[0]
         key = _prepend("key", self.key_PHE, key, query, gqa)

@@ -14,7 +14,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from peftlib.errors import TargetError
@@ -151,13 +152,16 @@ class Tree:
         if name is not None:
             return self.site(name)
         tables = [s for s in self.sites() if isinstance(s.module, nn.Embedding)]
-        tables = [s for s in tables if probe is None or probe.executed(s)]
+        if probe is not None:
+            # The one that is given ids of the example as they are: a table of positions is not.
+            ids = {tuple(t.shape) for t in (*probe.args, *probe.kwargs.values()) if _is_ids(t)}
+            tables = [s for s in tables if probe.executed(s)]
+            tables = [s for s in tables if probe.record.traces[s.name].input in ids] or tables
         if len(tables) != 1:
             named = f": {', '.join(repr(s.name) for s in tables)}" if tables else ""
             raise TargetError(
-                f"{type(self.model).__name__} has {len(tables)} embeddings{named}; name the one that looks up "
-                "tokens with "
-                "targets=[...]."
+                f"{type(self.model).__name__} has {len(tables)} embeddings{named}; name the one that looks up tokens "
+                "with targets=[...]."
             )
         return tables[0]
 
@@ -196,6 +200,10 @@ class Tree:
             "A target is a glob on a dotted name or any trailing part of it, a module type, or a predicate "
             "(name, module) -> bool."
         )
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
 
 
 @functools.lru_cache(maxsize=256)

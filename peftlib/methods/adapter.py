@@ -185,19 +185,33 @@ class Adapter(Method):
             raise PeftlibError(f"Adapter(axis={self.axis!r}): axis must be an integer, or None.")
 
     @classmethod
-    def houlsby(cls, dim: int = 64, **fields: Any) -> Adapter:
-        """Two per block: after the attention's and after the feed-forward's last projection (Houlsby et al. 2019)."""
-        return cls(dim=dim, **{"activation": "gelu", "where": "houlsby", **fields})
+    def houlsby(cls, **fields: Any) -> Adapter:
+        """Two per block: after the attention's and after the feed-forward's last projection (Houlsby et al. 2019).
+
+        ``dim`` is 64 unless ``dim`` or ``reduction`` is given.
+        """
+        return cls._preset(fields, {"dim": 64}, activation="gelu", where="houlsby")
 
     @classmethod
-    def pfeiffer(cls, reduction: float = 16, **fields: Any) -> Adapter:
-        """One per block: after the feed-forward's last projection (Pfeiffer et al. 2021)."""
-        return cls(reduction=reduction, **{"where": "pfeiffer", **fields})
+    def pfeiffer(cls, **fields: Any) -> Adapter:
+        """One per block: after the feed-forward's last projection (Pfeiffer et al. 2021).
+
+        ``reduction`` is 16 unless ``dim`` or ``reduction`` is given.
+        """
+        return cls._preset(fields, {"reduction": 16}, where="pfeiffer")
 
     @classmethod
-    def parallel(cls, dim: int = 512, **fields: Any) -> Adapter:
-        """One per block, beside the feed-forward, scaled by 4 (He et al. 2022)."""
-        return cls(dim=dim, **{"placement": "parallel", "scale": 4.0, "where": "parallel", **fields})
+    def parallel(cls, **fields: Any) -> Adapter:
+        """One per block, beside the feed-forward, scaled by 4 (He et al. 2022).
+
+        ``dim`` is 512 unless ``dim`` or ``reduction`` is given.
+        """
+        return cls._preset(fields, {"dim": 512}, placement="parallel", scale=4.0, where="parallel")
+
+    @classmethod
+    def _preset(cls, fields: dict[str, Any], size: dict[str, Any], **published: Any) -> Adapter:
+        given = fields.get("dim") is not None or fields.get("reduction") is not None
+        return cls(**{**({} if given else size), **published, **fields})
 
     def refuses(self, site: Site) -> str | None:
         if site.parameter is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
@@ -263,8 +264,16 @@ def map_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(output, Mapping):
         for key, value in output.items():
             if first_tensor(value) is not None:
-                # Dataclass-like mappings (transformers' ModelOutput) rebuild from keywords.
-                return type(output)(**{**output, key: map_first(value, change)})
+                changed = {**output, key: map_first(value, change)}
+                if hasattr(output, "__dataclass_fields__"):  # transformers' ModelOutput
+                    return type(output)(**changed)
+                if type(output) is not dict and isinstance(output, dict):
+                    copied = copy.copy(
+                        output
+                    )  # keeps what a subclass holds besides, such as a default factory
+                    copied[key] = changed[key]
+                    return copied
+                return changed if type(output) is dict else type(output)(changed)  # type: ignore[call-arg]
     elif isinstance(output, (tuple, list)):
         for i, value in enumerate(output):
             if first_tensor(value) is not None:

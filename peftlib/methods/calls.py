@@ -15,10 +15,10 @@ LENGTHS = ("seq_length", "seq_len", "cache_length", "seen_tokens", "length", "of
 
 
 def argument_names(forward: Callable[..., Any]) -> list[str]:
-    """Names of the positional parameters of a bound or unbound forward, ``self`` left out."""
+    """Names of the positional parameters of a bound or unbound forward, without the receiver, whatever its name."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [n for n, p in inspect.signature(forward).parameters.items() if p.kind in kinds]
-    return names[1:] if names[:1] == ["self"] else names
+    return names if inspect.ismethod(forward) else names[1:]
 
 
 def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

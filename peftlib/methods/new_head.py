@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlib.errors import PeftlibError
+from peftlib.errors import PeftlibError, TargetError
 from peftlib.methods.base import Delta, Method, Site, check_positive_int, first_argument, placement
 from peftlib.methods.linear import linear_shape
+
+if TYPE_CHECKING:
+    from peftlib.probe import Probe
+    from peftlib.targets import Tree
 
 
 class Head(Delta):
@@ -71,6 +75,17 @@ class NewHead(Method):
         if site.parameter is not None or linear_shape(site.module) is None:
             return "a new head replaces a linear layer (a module with in_features and out_features)"
         return None
+
+    def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
+        names = sorted(tree.output_heads(probe))
+        if len(names) != 1:
+            found = f" ({', '.join(map(repr, names))})" if names else ""
+            hint = "" if probe is not None else ", or pass example="
+            raise TargetError(
+                f"NewHead needs one output layer to replace, and {len(names)} were found{found}. Name it: "
+                f"head={{'classifier': NewHead(...)}}{hint}."
+            )
+        return [tree.site(names[0])]
 
     def build(self, sites: Sequence[Site]) -> dict[str, Delta]:
         found: dict[str, Delta] = {}

@@ -115,8 +115,18 @@ class Prefix(Delta):
         key, value = self.key_value()
         if self.p and self.training:
             key, value = F.dropout(key, self.p), F.dropout(value, self.p)
-        with PrefixScope(key, value):
-            return base(*args, **kwargs)
+        scope = PrefixScope(key, value)
+        with scope:
+            output = base(*args, **kwargs)
+        if not scope.met:
+            raise PeftlibError(
+                "An attention ran this time without F.scaled_dot_product_attention (a branch that the example "
+                "did not take, "
+                "such as one that returns its weights), so its prefix would silently be lost. Call it as in the "
+                "example, or "
+                "let that branch call SDPA too."
+            )
+        return output
 
     def merged(self) -> Any:
         raise PeftlibError(

@@ -91,7 +91,7 @@ class TokenRows(Method):
     r"""Train the embedding's rows of given tokens alone: ``e(i) = r_i`` for i in ids, the base's row otherwise.
 
     N D parameters, starting at the base's own rows, so attaching changes nothing. A tied output layer uses the same
-    rows: ``logit_i = r_i . h + b_i``.
+    rows, ``logit_i = r_i . h + b_i``, by a product of their own: equal to rounding.
 
     Args:
         ids: token ids, distinct and inside the table (resize the embedding first if they are new to it).

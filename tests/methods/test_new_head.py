@@ -112,7 +112,7 @@ def test_the_head_of_a_model_that_ties_it_to_its_embedding() -> None:
         (lambda: NewHead(0), None, "out_features=0"),
         (lambda: NewHead(2.0), None, r"out_features=2\.0"),
         (lambda: NewHead(2, head=NewHead(2)), None, "takes none"),
-        (lambda: NewHead(2), None, "no default place"),
+        (lambda: NewHead(2), None, "needs one output layer"),
         (lambda: NewHead(2), [""], "replaces a linear layer"),
         (lambda: NewHead(2), ["head.weight"], "replaces a linear layer"),
         (lambda: LoRA(rank=2, head=NewHead(2)), ["body"], "needs one output layer.*0 were found"),
