@@ -235,8 +235,6 @@ def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.
             made = tensor(own)
             if isinstance(own, nn.Parameter) and not isinstance(made, nn.Parameter):
                 made = nn.Parameter(made.detach(), requires_grad=own.requires_grad)
-            elif made is own and not isinstance(own, nn.Parameter):
-                made = own.clone()
             memo[id(own)] = made
         for value in module.__dict__.values():
             # Tensors kept as plain attributes (rotary tables, masks).
