@@ -61,6 +61,11 @@ def learn(
     """
     example = _Example(site, tree, probe)
     main, table = example.sequence(table)
+    if table is not None and tree.modules[table] is site.module:
+        raise TargetError(
+            "An embedding alone lets no position see another, so a prompt before it would be seen by none. Attach it "
+            "to the model around."
+        )
     value = example.call[main]
     paired = not main.startswith(DECODER) and any(n.startswith(DECODER) for n in example.signature)
     layout = Layout(main, "embeds" if table is None else "ids", paired=paired, given=dict(given))
@@ -336,7 +341,11 @@ def _lookups(table: str, before: Record, after: Record, length: int, main: str) 
             calls.append(i)
             axes |= {k - len(b) for k in range(len(b)) if len(a) == len(b) and a[k] != b[k] == length}
     if not calls:
-        raise TargetError(f"The embedding {table!r} does not look up the argument {main!r}.")
+        raise TargetError(
+            f"The embedding {table!r} does not look up {main!r} as one sequence (it sees ids of shape {short[0]}), so "
+            "a prompt's rows have no place there. Look up all ids at once, or target the module that takes their "
+            "vectors: attach(model, {'encoder': PromptTuning(...)})."
+        )
     if len(axes) != 1:
         raise TargetError(
             f"The embedding {table!r} sees ids of shape {long[calls[0]]} where the model takes {length} positions of "

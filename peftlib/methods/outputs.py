@@ -64,9 +64,11 @@ def shorten(layout: Layout, output: Any, extra: int, shape: Shape, cached: bool 
         if _is_cached(layout, path, tensor, axes, path == first[0], cached):
             return tensor
         for axis in axes:
-            if tensor.shape[axis] == length:
-                tensor = tensor.narrow(axis, extra, length - extra)
-            elif tensor.shape[axis] == flat:
+            size = tensor.shape[axis]
+            if extra < size <= length:
+                # Less than all of them where the longest sequence is shorter than the padding (pad_packed_sequence).
+                tensor = tensor.narrow(axis, extra, size - extra)
+            elif size == flat:
                 at = axis + layout.axis % len(shape)
                 tensor = tensor.unflatten(axis, shape).narrow(at, extra, length - extra)
                 tensor = tensor.flatten(axis, axis + len(shape) - 1)

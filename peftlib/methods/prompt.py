@@ -28,8 +28,10 @@ class PromptTuning(SoftPrompt):
         init: ``"vocab"`` (rows of random vocabulary entries), ``"normal"`` (the vocabulary's spread, or 0.02), or
             P token ids. Modules of hidden states have no vocabulary and take ``"normal"``.
         sequence_args: kinds of arguments that names do not tell: ``{"my_mask": "mask"}``; one of ``"ids"``,
-            ``"embeds"``, ``"mask"``, ``"padding_mask"``, ``"positions"``, ``"types"``, ``"labels"``, ``"cache"``,
-            ``"skip"``.
+            ``"embeds"``, ``"mask"`` (marks what is seen, or adds to scores), ``"padding_mask"`` (marks what is
+            ignored), ``"loss_mask"``, ``"positions"``, ``"lengths"``, ``"offset"`` (what the cache holds), ``"types"``
+            (0 at the prompt), ``"labels"``, ``"cache"``, ``"skip"``. A cache is ``"skip"`` where the ids always come
+            whole. The name of an output may be given as well, to keep it as a cache.
 
     Needs ``example=``.
 
@@ -41,7 +43,8 @@ class PromptTuning(SoftPrompt):
 
     Example:
         >>> import torch, peftlib
-        >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Linear(8, 50))
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 8), layer, torch.nn.Linear(8, 50))
         >>> ids = torch.randint(0, 50, (2, 5))
         >>> peftlib.attach(model, peftlib.PromptTuning(length=4), example=ids).num_parameters
         32

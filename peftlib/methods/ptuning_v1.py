@@ -98,7 +98,8 @@ class PTuningV1(SoftPrompt):
 
     Example:
         >>> import torch, peftlib
-        >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Linear(8, 50))
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 8), layer, torch.nn.Linear(8, 50))
         >>> method = peftlib.PTuningV1(length=2, encoder="mlp", placeholder_id=50)
         >>> tuning = peftlib.attach(model, method)
         >>> model(torch.tensor([[50, 7, 50, 9]])).shape  # [p1] 7 [p2] 9

@@ -200,13 +200,11 @@ def lengthen(
     """
     main = layout.main if isinstance(call.get(layout.main), Tensor) else _embeds(layout, call)
     if main is None:
-        if not any(v is not None for n, v in call.items() if n.startswith(("encoder_", "memory"))):
+        if not any(value is not None for name, value in call.items() if name.startswith(_MEMORY)):
             raise PeftlibError(
-                "This call gives the prompt nothing to stand before: the example's sequence came as "
-                f"{layout.main!r}, and this "
-                f"call has {', '.join(map(repr, call)) or 'no arguments'}. Without it the prompt would silently "
-                "be lost. "
-                "Call the model as in the example, or attach with an example of this call."
+                f"This call gives the prompt nothing to stand before: the example's sequence came as {layout.main!r}, and "
+                f"this call has {', '.join(map(repr, call)) or 'no arguments'}. Without it the prompt would silently be "
+                "lost. Call the model as in the example, or attach with an example of this call."
             )
         return Longer(_masks_of_memory(layout, call, extra, others))
     embedded = main != layout.main or layout.kind == "embeds"

@@ -308,6 +308,34 @@ def test_channels_before_positions():
     torch.testing.assert_close(loss, F.cross_entropy(expected, IDX))
 
 
+class Packed(nn.Module):
+    """A recurrent tagger of packed sequences: as many outputs as the longest sequence has tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.rnn = nn.Embedding(V, 8), nn.GRU(8, 8, batch_first=True, bidirectional=True)
+
+    def run(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0]
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        return self.run(self.tok(ids), lengths)
+
+
+@pytest.mark.parametrize("lengths", [[5, 3, 2], [2, 4, 1]], ids=str)
+def test_packed_sequences(lengths):
+    model = Packed().double()
+    rows = rows_of(attach(model, PromptTuning(length=P), example=(IDX, torch.tensor([5, 4, 1]))))
+
+    def twin() -> Tensor:
+        x = torch.cat([rows.expand(B, P, 8), model.tok.weight[IDX]], 1)
+        return model.run(x, torch.tensor(lengths) + P)[:, P:]
+
+    assert model(IDX, torch.tensor(lengths)).shape == (B, max(lengths), 16)
+    assert_twins(lambda: model(IDX, torch.tensor(lengths)), twin, {"rows": rows})
+
+
 class LastOnly(Decoder):
     """Without targets it computes the last position alone, and its loss ignores -1: nanoGPT's way."""
 
@@ -1055,6 +1083,18 @@ def test_ids_of_another_length_at_the_embedding(change, shape):
         f"The embedding 'tok' sees ids of shape {shape} where the model takes 8 positions|shows no sequence"
     )
     refused(Changing(), PROMPT, words)
+
+
+def test_ids_looked_up_one_by_one():
+    class Loop(Outside):
+        def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+            return torch.stack([self.tok(ids[:, i]) for i in range(ids.shape[1])], 1)
+
+    refused(Loop(), PROMPT, r"'tok' does not look up 'ids' as one sequence \(it sees ids of shape \(3,\)\)")
+
+
+def test_an_embedding_alone():
+    refused(nn.Embedding(V, 8), PROMPT, "An embedding alone lets no position see another")
 
 
 def test_outputs_that_cannot_be_shortened():

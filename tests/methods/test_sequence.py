@@ -404,8 +404,12 @@ def test_embeddings_in_place_of_ids():
     assert longer.shape == (B, P + T)
 
 
-def test_no_sequence_changes_nothing():
-    longer = lengthen(ids_layout, {"ids": None, "attention_mask": PAD}, P)
+def test_a_call_without_the_sequence():
+    with pytest.raises(
+        PeftlibError, match=r"nothing to stand before.*came as 'ids', and this call has 'attention_mask'"
+    ):
+        lengthen(ids_layout, {"attention_mask": PAD}, P)
+    longer = lengthen(ids_layout, {"ids": None, "encoder_outputs": torch.randn(B, T, 4)}, P)
     assert longer.changed == {}
     assert longer.shape == ()
 
