@@ -28,8 +28,8 @@ from tests.zoo import CASES, SAMPLE, Pair, nudge, seeded
 INVARIANTS: list[Callable[[Pair], None]] = []
 """What every pair is checked on."""
 
-COSTLY: list[Callable[[Pair], None]] = []
-"""What takes a compilation: the pairs of :data:`~tests.zoo.SAMPLE` every time, all of them with ``-m slow``."""
+COMPILED: list[Callable[[Pair], None]] = []
+"""What takes a compilation, which costs as much as all the rest: a sample every time, every pair with ``-m slow``."""
 
 
 def invariant(check: Callable[[Pair], None]) -> Callable[[Pair], None]:
@@ -37,8 +37,8 @@ def invariant(check: Callable[[Pair], None]) -> Callable[[Pair], None]:
     return check
 
 
-def costly(check: Callable[[Pair], None]) -> Callable[[Pair], None]:
-    COSTLY.append(check)
+def compilation(check: Callable[[Pair], None]) -> Callable[[Pair], None]:
+    COMPILED.append(check)
     return check
 
 
@@ -96,8 +96,8 @@ def frozen(value: Any) -> Any:
             bits = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         place = None if value.is_meta else value.data_ptr()
         grad = value.grad is not None if value.is_leaf else None
-        layout = (value.dtype, value.shape, value.stride())
-        return (id(value), type(value), place, *layout, bits, value.requires_grad, grad)
+        about = (id(value), type(value), value.dtype, value.shape, value.stride(), value.requires_grad, grad)
+        return *about, place, bits
     if isinstance(value, dict):
         return [(key, frozen(item)) for key, item in value.items()]
     if isinstance(value, (list, tuple)):
@@ -147,9 +147,9 @@ def detach_is_exact(pair: Pair) -> None:
 
 @invariant
 def attaching_changes_no_output_where_declared(pair: Pair) -> None:
-    model = pair.host.model().eval()
+    model, _ = pair.attached()
+    model.eval()
     before = pair.run(pair.host.base().eval())
-    pair.attach(model)
     if pair.case.identity:
         assert close(pair.run(model), before)
     else:
@@ -158,10 +158,8 @@ def attaching_changes_no_output_where_declared(pair: Pair) -> None:
 
 @invariant
 def disabled_equals_base(pair: Pair) -> None:
-    model = pair.host.model()
+    model, tuning = pair.tuned()
     before = pair.run(pair.host.base())
-    tuning = pair.attach(model)
-    nudge(tuning)
     tuned = pair.run(model)
     assert not agree(pair, tuned, before), "the tuning has no effect at all"
     with tuning.disabled():
@@ -202,8 +200,7 @@ def only_the_tuning_gets_gradients(pair: Pair) -> None:
 
 @invariant
 def training_lowers_the_loss(pair: Pair) -> None:
-    model = pair.host.model()
-    tuning = pair.attach(model)
+    model, tuning = pair.attached()
     losses = train(pair, model, tuning, steps=6)
     assert losses[-1] < losses[0]
 
@@ -255,8 +252,7 @@ def eval_equals_training_without_dropout(pair: Pair) -> None:
 
 @invariant
 def every_site_is_executed(pair: Pair) -> None:
-    model = pair.host.model()
-    tuning = pair.attach(model)
+    model, tuning = pair.attached()
     assert tuning.sites
     pair.run(model)
     assert not tuning.idle_sites()
@@ -311,7 +307,7 @@ def pair_base(pair: Pair, model: nn.Module) -> Iterable[tuple[str, nn.Parameter]
 
 @invariant
 def loading_names_every_wrong_key_and_writes_nothing(pair: Pair) -> None:
-    _model, tuning = pair.tuned()
+    _, tuning = pair.tuned()
     before = {k: v.clone() for k, v in tuning.state_dict().items()}
     other = {k: v + 1 for k, v in before.items()}
     first = next(iter(other))
@@ -482,10 +478,11 @@ def a_merge_equals_the_tuning_or_raises(pair: Pair) -> None:
 
 @invariant
 def a_hundred_merges_leave_the_base_bit_identical(pair: Pair) -> None:
+    cycles = 100 if pair.host.name in SAMPLE else 3
     model, tuning = Pair(replace(pair.host, dtype=torch.bfloat16), pair.case).tuned()
     before = snapshot(model)
     try:
-        for _ in range(100):
+        for _ in range(cycles):
             tuning.merge()
             tuning.unmerge()
     except PeftlibError:
@@ -501,17 +498,15 @@ def compiled(model: nn.Module, backend: str) -> nn.Module:
     return torch.compile(model, backend=backend, fullgraph=True)  # type: ignore[return-value]
 
 
-@invariant
+@compilation
 def compiles_without_a_break(pair: Pair) -> None:
-    if not pair.host.compiles:
-        pytest.skip("the plain model is no single graph")
-    model, _tuning = pair.tuned()
+    model, _ = pair.tuned()
     eager = pair.run(model)
     fast = compiled(model, "eager")
     assert close(pair.run(fast), eager)
 
 
-@costly
+@compilation
 def what_is_attached_after_compiling_is_seen(pair: Pair) -> None:
     model = pair.host.model()
     fast = compiled(model, "eager")
@@ -526,7 +521,7 @@ def what_is_attached_after_compiling_is_seen(pair: Pair) -> None:
     assert close(pair.run(fast), before)
 
 
-@costly
+@compilation
 def compiled_gradients_are_the_same(pair: Pair) -> None:
     model, tuning = pair.tuned()
     loss_of(pair.run(model)).backward()
@@ -535,4 +530,13 @@ def compiled_gradients_are_the_same(pair: Pair) -> None:
     assert close(take_gradients(tuning), eager)
 
 
-__all__ = ["COSTLY", "INVARIANTS", "SAMPLE", "differences", "snapshot"]
+@compilation
+def inductor_gives_the_same(pair: Pair) -> None:
+    model, tuning = pair.tuned()
+    eager = pair.run(model)
+    loss_of(eager).backward()
+    gradients = take_gradients(tuning)
+    outputs = pair.run(compiled(model, "inductor"))
+    assert close(outputs, eager)
+    loss_of(outputs).backward()
+    assert close(take_gradients(tuning), gradients)

@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ from peftlib import (
     PTuningV2,
 )
 from peftlib.methods.base import Method
-from peftlib.methods.calls import named_tensors
 
 VOCABULARY, WIDTH, LENGTH, BATCH = 23, 8, 5, 2
 
@@ -45,6 +44,21 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def tensors_in(output: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in an output of tensors, tuples, mappings and dataclasses, by its path."""
+    if isinstance(output, Tensor):
+        yield path, output
+    elif isinstance(output, (tuple, list)):
+        for i, value in enumerate(output):
+            yield from tensors_in(value, f"{path}.{i}")
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from tensors_in(value, f"{path}.{key}")
+    elif is_dataclass(output):
+        for key, value in vars(output).items():
+            yield from tensors_in(value, f"{path}.{key}")
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ class Host:
         compiles: whether the plain model is one graph for ``torch.compile``.
         pickles: whether the plain model can be pickled.
         needs: a package it is made of.
+        only: cases it is there for, where it differs from another host in what few of them can notice.
     """
 
     name: str
@@ -74,6 +89,7 @@ class Host:
     compiles: bool = True
     pickles: bool = True
     needs: str | None = None
+    only: tuple[str, ...] | None = None
     dtype: torch.dtype = torch.float32
 
     def model(self) -> nn.Module:
@@ -99,7 +115,7 @@ class Host:
         inputs = self.example() if inputs is None else inputs
         with seeded(2):
             out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-        return dict(named_tensors(out))
+        return dict(tensors_in(out))
 
     def _typed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
@@ -195,11 +211,11 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A GPT nobody has heard of: learned positions, blocks in a module list, its own head."""
 
-    def __init__(self, tied: bool = False, checkpointed: bool = False):
+    def __init__(self, depth: int = 2, tied: bool = False, checkpointed: bool = False):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
         self.position = nn.Embedding(2 * LENGTH, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=not tied)
         self.checkpointed = checkpointed
@@ -573,17 +589,25 @@ BLOCKS = {
 TRANSFORMER = BLOCKS | {"attention": None}
 TORCH_ENCODER = TRANSFORMER | {"part": ["encoder.layers.1", "head"], "beside": ["linear1", "linear2"]}
 
+TYPED = ("lora", "dora", "adapter", "adapter-parallel", "prefix", "full")
+
 
 def hosts() -> Iterator[Host]:
     decoder = TRANSFORMER | {"beside": ["mlp"], "prompt": None}
     yield Host("decoder", Decoder, lambda: (ids(),), decoder)
     yield Host("decoder-training", Decoder, lambda: (ids(),), decoder, training=True)
+    yield Host("block", lambda: Decoder(depth=1), lambda: (ids(),), decoder | {"part": ["blocks.0", "head"]})
     yield Host(
-        "decoder-checkpointed", lambda: Decoder(checkpointed=True), lambda: (ids(),), decoder, training=True
+        "decoder-checkpointed",
+        lambda: Decoder(checkpointed=True),
+        lambda: (ids(),),
+        decoder,
+        training=True,
+        only=("lora", "adapter", "prefix", "partial"),
     )
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         name = f"decoder-{str(dtype).removeprefix('torch.')}"
-        yield Host(name, Decoder, lambda: (ids(),), decoder, dtype=dtype)
+        yield Host(name, Decoder, lambda: (ids(),), decoder, dtype=dtype, only=TYPED)
     yield Host("tied", lambda: Decoder(tied=True), lambda: (ids(),), decoder)
     yield Host(
         "recycled",
@@ -659,7 +683,9 @@ def hosts() -> Iterator[Host]:
     image = lambda: (vectors(4, 3, 6, 6),)  # noqa: E731
     yield Host("conv", ConvNet, image, conv, same_in_training=False)
     yield Host("conv-training", ConvNet, image, conv, training=True, same_in_training=False)
-    yield Host("conv-bfloat16", ConvNet, image, conv, dtype=torch.bfloat16, same_in_training=False)
+    yield Host(
+        "conv-bfloat16", ConvNet, image, conv, dtype=torch.bfloat16, same_in_training=False, only=TYPED
+    )
     yield Host(
         "lstm",
         LSTMClassifier,
@@ -776,8 +802,8 @@ def cases() -> Iterator[Case]:
     yield Case("lora-and-head", LoRA(rank=2, head="head"), "linear", variant=True)
 
 
-SAMPLE = ("decoder", "decoder-training", "encoder", "conv-training", "recycled")
-"""Hosts that every variant is tried on, and that stand for all in the costly tests."""
+SAMPLE = ("block", "decoder-training", "encoder", "conv-training", "recycled")
+"""Hosts that every variant of a method is tried on."""
 
 HOSTS = {host.name: host for host in hosts() if host.needs is None or importlib.util.find_spec(host.needs)}
 CASES = {case.name: case for case in cases()}
@@ -807,7 +833,13 @@ class Pair:
 
     def tuned(self) -> tuple[nn.Module, peftlib.Tuning]:
         """A model with the tuning on it, at values that change what the model computes."""
-        model = copy.deepcopy(_tuned(self))
+        model, tuning = self.attached()
+        nudge(tuning)
+        return model, tuning
+
+    def attached(self) -> tuple[nn.Module, peftlib.Tuning]:
+        """A copy of a model with the tuning on it as it starts."""
+        model = copy.deepcopy(_attached(self))
         return model, peftlib.tunings(model)["default"]
 
     def run(self, model: nn.Module) -> dict[str, Tensor]:
@@ -815,9 +847,9 @@ class Pair:
 
 
 @functools.cache
-def _tuned(pair: Pair) -> nn.Module:
+def _attached(pair: Pair) -> nn.Module:
     model = pair.host.model()
-    nudge(pair.attach(model))
+    pair.attach(model)
     return model
 
 
@@ -825,7 +857,9 @@ PAIRS = [
     Pair(host, case)
     for host in HOSTS.values()
     for case in CASES.values()
-    if case.place in host.places and (not case.variant or host.name in SAMPLE)
+    if case.place in host.places
+    and (not case.variant or host.name in SAMPLE)
+    and (host.only is None or case.name in host.only)
 ]
 
 
