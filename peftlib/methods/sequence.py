@@ -202,9 +202,9 @@ def lengthen(
     if main is None:
         if not any(value is not None for name, value in call.items() if name.startswith(_MEMORY)):
             raise PeftlibError(
-                f"This call gives the prompt nothing to stand before: the example's sequence came as {layout.main!r}, and "
-                f"this call has {', '.join(map(repr, call)) or 'no arguments'}. Without it the prompt would silently be "
-                "lost. Call the model as in the example, or attach with an example of this call."
+                f"This call gives the prompt nothing to stand before: the example's sequence came as {layout.main!r}, "
+                f"and this call has {', '.join(map(repr, call)) or 'no arguments'}, so the prompt would "
+                "silently be lost. Call the model as in the example, or attach with an example of this call."
             )
         return Longer(_masks_of_memory(layout, call, extra, others))
     embedded = main != layout.main or layout.kind == "embeds"

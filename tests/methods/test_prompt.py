@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -103,6 +105,37 @@ def test_square_masks(kind, form, positions):
     if form == "heads":
         mask = mask.expand(B, 2, T, T) if shared else mask.expand(B, 2, T, T).clone()
     check(positions, {"attn_mask": mask}, real, keys=keys, both_ways=both_ways)
+
+
+@given(
+    batch=st.integers(1, 4),
+    tokens=st.integers(1, 6),
+    length=st.integers(1, 5),
+    positions=st.sampled_from(POSITIONS),
+    kind=st.sampled_from(["none", "square", "real", "padding"]),
+    bits=st.integers(0),
+)
+@settings(max_examples=40)
+def test_any_sizes_and_masks(batch, tokens, length, positions, kind, bits):
+    model = Decoder(positions)
+    idx = torch.arange(batch * tokens).view(batch, tokens) % V
+    keep = torch.tensor([[bool(bits >> (b * tokens + t) & 1) for t in range(tokens)] for b in range(batch)])
+    real = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    calls = {
+        "none": {},
+        "square": {"attn_mask": (real & keep[:, None])[:, None]},
+        "real": {"attention_mask": keep.long()},
+        "padding": {"key_padding_mask": ~keep},
+    }
+    # The example may have any other sizes and no mask.
+    rows = rows_of(attach(model, PromptTuning(length=length), example=IDX))
+    keep = torch.ones_like(keep) if kind == "none" else keep
+    seen, where = (
+        visible(real & keep[:, None], length, False),
+        torch.arange(length + tokens).expand(batch, -1),
+    )
+    expected = naive(model, prepended(model, rows, idx), seen, where)[:, length:]
+    torch.testing.assert_close(model(idx, **calls[kind]), expected)
 
 
 def test_a_mask_of_a_prefix_model():

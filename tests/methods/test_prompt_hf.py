@@ -480,6 +480,13 @@ def test_a_model_of_images_is_refused_in_words():
         peftlib.PeftlibError, match="ViTModel shows no sequence that a prompt could go before"
     ):
         attach(vit, PromptTuning(length=P), example=image)
+    # Its blocks stand in a list, so there is no module that takes the first's input and gives the last's output.
+    with pytest.raises(peftlib.PeftlibError, match="it has no forward"):
+        attach(vit, {"layers": PromptTuning(length=P)}, example=image)
+    rows = rows_of(attach(vit, {"layers.0": PromptTuning(length=P)}, example=image))
+    vit(image).last_hidden_state[:, 1:].square().sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.abs().sum() > 0
 
 
 def test_where_the_encoder_has_no_ids_the_decoder_gets_the_prompt():
@@ -550,6 +557,24 @@ def test_beside_lora_on_a_real_model():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in leaves.values())
 
 
+@pytest.mark.parametrize("length, published", [(5, 20_480), (20, 81_920), (100, 409_600)])
+def test_published_sizes_on_t5_xxl(length, published):
+    """Lester et al. 2021: P x 4096 parameters on the XXL model (here with two of its layers)."""
+    with torch.device("meta"):
+        config = transformers.T5Config(
+            vocab_size=32128,
+            d_model=4096,
+            d_kv=64,
+            d_ff=10240,
+            num_heads=64,
+            num_layers=2,
+            decoder_start_token_id=0,
+        )
+        model = transformers.T5ForConditionalGeneration(config)
+    tuning = attach(model, PromptTuning(length=length), example={"input_ids": IDS, "labels": IDS})
+    assert tuning.num_parameters == published
+
+
 class TestXTransformers:
     """Attention of another make: rotary, ALiBi and absolute positions, flash or not, its own masks and wrappers."""
 
@@ -607,3 +632,11 @@ class TestXTransformers:
             for _ in range(4):
                 ids = torch.cat([ids, model.net(ids)[:, -1:].argmax(-1)], 1)
         assert torch.equal(made, ids[:, T:])
+
+    def test_its_generation_with_a_cache_beside_the_whole_text(self, library):
+        model = library.AutoregressiveWrapper(self.make(library, rotary_pos_emb=True))
+        # It hands over all ids in each step, and the cache; so the prompt goes in front every time.
+        whole = PromptTuning(length=P, sequence_args={"cache": "skip"})
+        rows_of(attach(model.net, whole, example=IDS), 2.0)
+        made = model.generate(IDS, 4, temperature=0.0, cache_kv=True)
+        assert torch.equal(made, model.generate(IDS, 4, temperature=0.0, cache_kv=False))
