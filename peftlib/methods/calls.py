@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 LENGTHS = ("seq_length", "seq_len", "cache_length", "seen_tokens", "length", "offset", "pos", "position")
@@ -53,6 +53,19 @@ def is_filled(cache: Any) -> bool:
         return any(is_filled(value) for value in cache)
     held = vars(cache).values() if hasattr(cache, "__dict__") else ()
     return any(is_filled(value) for value in held if isinstance(value, (Tensor, list, tuple, dict)))
+
+
+def holds_floats(value: Any) -> bool:
+    """Whether floating-point tensors lie in a container or an object (modules and functions are not looked into)."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.numel() > 0
+    if isinstance(value, Mapping):
+        return any(holds_floats(v) for v in value.values())
+    if isinstance(value, (tuple, list)):
+        return any(holds_floats(v) for v in value)
+    if isinstance(value, nn.Module) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    return any(holds_floats(v) for v in vars(value).values() if isinstance(v, (Tensor, list, tuple, Mapping)))
 
 
 def _is_blank(cache: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peftlib.errors import PeftlibError
 from peftlib.methods.base import first_tensor
-from peftlib.methods.calls import is_filled
+from peftlib.methods.calls import holds_floats, is_filled
 from peftlib.methods.masks import lengthen_mask
 
 KINDS = (
@@ -44,6 +44,9 @@ DECODER = ("decoder_", "tgt")
 """How names of a decoder's arguments begin."""
 _MEMORY = ("encoder_", "memory")
 _OFFSETS = ("start_pos", "input_pos", "pos", "position", "offset", "past_length", "past_key_values_length")
+
+_STATES = ("state", "hidden", "hidden_state", "hx", "h0", "mem", "kv")
+"""Names, but for a plural, of tensors that carry what came before."""
 
 Shape = tuple[int, ...]
 
@@ -87,6 +90,8 @@ class Layout:
             return "cache"
         if _counts(low, value, shape):
             return "skip" if low.startswith(self._other_side()) else "lengths"
+        if low.rstrip("s") in _STATES or not isinstance(value, Tensor):
+            self._check_state(name, value)
         if not isinstance(value, Tensor) or not value.dim():
             return "skip"
         length = shape[self.axis]
@@ -120,6 +125,15 @@ class Layout:
                 f"sequence_args={{{name!r}: kind}} with one of {', '.join(map(repr, KINDS))}."
             )
         return "skip"
+
+    def _check_state(self, name: str, value: Any) -> None:
+        """Refuse what may carry earlier positions, the prompt's among them, under a name that does not say so."""
+        if not name.lower().startswith(self._other_side()) and holds_floats(value):
+            raise PeftlibError(
+                f"The argument {name!r} ({type(value).__name__}) holds tensors. If they are of earlier positions, the "
+                "prompt is in them and must not come again. Name its kind: "
+                f"sequence_args={{{name!r}: 'cache'}}, or 'skip' for what is no cache and no state."
+            )
 
     def is_cache(self, name: str, value: Any) -> bool:
         """Whether an argument holds keys and values of earlier positions."""

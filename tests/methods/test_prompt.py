@@ -25,6 +25,7 @@ from tests.methods.prompts import F64, Decoder, V, naive, prepended, rows_of, vi
 from tests.twin import assert_twins, assert_untouched, classes, snapshot
 
 B, T, P = 3, 5, 3
+PROMPT = PromptTuning(length=P)
 IDX = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(7))
 POSITIONS = ["absolute", "rotary", "alibi"]
 WHOLE = torch.ones(B, T, dtype=torch.bool)
@@ -424,11 +425,32 @@ class TimeFirst(nn.Module):
 
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_a_recurrent_state_carries_the_prompt(cell):
+    model = WordModel(cell).double()
+    ids = IDX.T
+    tuning = attach(model, PROMPT, example=ids)
+    with pytest.raises(
+        peftlib.PeftlibError, match=r"'state' .* holds tensors. If they are of earlier positions"
+    ):
+        model(ids[1:], model(ids[:1])[1])
+    tuning.detach()
+    rows_of(attach(model, PromptTuning(length=P, sequence_args={"state": "cache"}), example=ids))
+    zeros = torch.zeros(1, B, 6, dtype=F64)
+    state: Any = (zeros, zeros) if cell is nn.LSTM else zeros
+    steps = []
+    for i in range(T):
+        out, state = model(ids[i : i + 1], state)
+        steps.append(out)
+    torch.testing.assert_close(torch.cat(steps), model(ids)[0])
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
 def test_ids_with_the_sequence_first(cell):
     model = WordModel(cell).double()
     ids = IDX.T
     state = model(ids)[1]
-    rows = rows_of(attach(model, PromptTuning(length=P), example=ids))
+    method = PromptTuning(length=P, sequence_args={"state": "skip"})
+    rows = rows_of(attach(model, method, example=ids))
 
     def twin() -> Tensor:
         x = torch.cat([rows[:, None].expand(P, B, 8), model.tok.weight[ids]])
@@ -952,9 +974,6 @@ def refused(model: nn.Module, method: Any, words: str, example: Any = IDX, **opt
     assert_untouched(model, before, kinds)
     assert flags == [p.requires_grad for p in model.parameters()]
     assert not peftlib.tunings(model)
-
-
-PROMPT = PromptTuning(length=P)
 
 
 @pytest.mark.parametrize(

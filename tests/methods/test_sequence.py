@@ -493,6 +493,34 @@ def test_an_empty_cache_gets_the_prompt(make):
     assert torch.equal(longer_by(ids_layout, cache=EMPTY[make])["ids"], front(IDS, 7, 1))
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("layers", [(KV, KV)]),
+        ("tower", {"a": KV}),
+        ("scratch", Growing(KV)),
+        ("hidden", KV[0]),
+        ("mems", [KV[0]]),
+        ("states", (KV[0], KV[0])),
+        ("kv", KV),
+    ],
+)
+def test_what_may_carry_the_prompt_already_is_refused(name, value):
+    words = f"'{name}' .* holds tensors.*sequence_args={{'{name}': 'cache'}}, or 'skip'"
+    with pytest.raises(PeftlibError, match=words):
+        longer_by(ids_layout, **{name: value})
+    assert longer_by(Layout("ids", "ids", given={name: "skip"}), **{name: value}).keys() == {"ids"}
+    assert lengthen(Layout("ids", "ids", given={name: "cache"}), {"ids": IDS, name: value}, P).shape == ()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, [], {}, [None], Growing(), SimpleNamespace(n=3), torch.zeros(0), print, torch.arange(3)],
+)
+def test_what_carries_nothing_is_not(value):
+    assert longer_by(ids_layout, state=value).keys() == {"ids"}
+
+
 def test_square_masks_with_a_cache_get_columns_alone():
     call = {"ids": IDS[:, :2], "past": KV, "mask": torch.ones(2, 4 + 2, dtype=BOOL)}
     assert lengthen(ids_layout, call, P).changed["mask"].shape == (2, P + 6)
