@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from peftlib.errors import TargetError
+from peftlib.methods.arguments import Layout, Shape
 from peftlib.methods.calls import named_tensors
-from peftlib.methods.sequence import Layout, Shape
 
 
 def learn_outputs(layout: Layout, before: Any, after: Any, short: Shape, long: Shape) -> None:

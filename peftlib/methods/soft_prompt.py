@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from peftlib.errors import PeftlibError, TargetError
+from peftlib.methods.arguments import KINDS
 from peftlib.methods.base import Delta, Method, Site, check_positive_int, placement
 from peftlib.methods.layout import learn, token_table
-from peftlib.methods.sequence import KINDS
 from peftlib.methods.virtual import Overwrite, Placeholder, Prepend, Relay
 
 if TYPE_CHECKING:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftlib.errors import PeftlibError
+from peftlib.methods.arguments import Layout
 from peftlib.methods.base import Delta, first_argument
 from peftlib.methods.calls import argument_names, back, by_name
 from peftlib.methods.outputs import shorten
-from peftlib.methods.sequence import Layout, Longer, lengthen
+from peftlib.methods.sequence import Longer, lengthen
 
 _LAST = 1 << 30
 """Added to a delta's place in its host's order to make it the last."""

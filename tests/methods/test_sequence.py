@@ -18,10 +18,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftlib.errors import PeftlibError, TargetError
+from peftlib.methods.arguments import KINDS, Layout
 from peftlib.methods.calls import argument_names, back, by_name, is_filled
 from peftlib.methods.masks import lengthen_mask
 from peftlib.methods.outputs import learn_outputs, shorten
-from peftlib.methods.sequence import KINDS, Layout, lengthen
+from peftlib.methods.sequence import lengthen
 
 sizes = st.integers(1, 5)
 BOOL, INT, FLOAT = torch.bool, torch.long, torch.float64
