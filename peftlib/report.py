@@ -1,4 +1,4 @@
-"""What peftlib tells people: rows of numbers that print as aligned tables, and one kind of figure.
+"""What peftlib tells people: rows of numbers that print as aligned tables.
 
 A :class:`Table` keeps the raw values and formats them only when it is shown, so a program reads the same
 object a person does. Left out on purpose: colours, the width of the terminal (the same table prints the same
@@ -10,7 +10,6 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from peftlib.errors import PeftlibError
@@ -233,62 +232,3 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     # numpy and torch scalars
     return _plain(value.item()) if hasattr(value, "item") else str(value)
-
-
-def bar_chart(
-    path: str | Path,
-    labels: Sequence[str],
-    series: Mapping[str, Sequence[float]],
-    title: str = "",
-    unit: str = "",
-) -> None:
-    """Draw stacked horizontal bars into a file, one bar per label, one colour per series.
-
-    Args:
-        path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
-        labels: names of the bars, top to bottom.
-        series: name -> one value per bar, in ``unit``, stacked in this order.
-        title: what is shown and on which machine.
-        unit: unit of the values, on the axis; "bytes" shows KiB, MiB, ... as the longest bar needs.
-
-    Raises:
-        PeftlibError: a series has another length than the labels, or matplotlib is missing.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     bar_chart(
-        ...         f"{folder}/peak.svg", ["LoRA"], {"weights": [9e6], "activations": [4e6]}, unit="bytes"
-        ...     )
-    """
-    for name, values in series.items():
-        if len(values) != len(labels):
-            raise PeftlibError(
-                f"series {name!r} has {len(values)} value(s), there are {len(labels)} label(s): give one each"
-            )
-    try:
-        # the figure class alone: pyplot would keep the figure and choose a window system
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PeftlibError(
-            "drawing needs matplotlib, which is not installed: pip install 'peftlib[plot]'"
-        ) from error
-    scale = 1
-    if unit == "bytes":
-        # ticks at round numbers of the unit that the longest bar is named in
-        longest = max((sum(map(abs, bar)) for bar in zip(*series.values(), strict=True)), default=0)
-        unit = format_bytes(longest).split()[-1]
-        scale = 1024 ** UNITS.index(unit)
-    figure = Figure(figsize=(8, 1.2 + 0.45 * max(len(labels), 1)), layout="constrained")
-    axes = figure.add_subplot()
-    left = [0.0] * len(labels)
-    for name, values in series.items():
-        axes.barh(range(len(labels)), [value / scale for value in values], left=left, label=name)
-        left = [start + value / scale for start, value in zip(left, values, strict=True)]
-    axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
-    axes.set_xlabel(unit)
-    axes.set_title(title)
-    if len(series) > 1:
-        figure.legend(loc="outside right upper")
-    figure.savefig(path)

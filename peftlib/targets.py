@@ -211,7 +211,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(?:.*\.)?{fnmatch.translate(pattern)}", re.DOTALL)
 
 
-def _matches(target: Any, tree: Tree) -> list[Site]:
+def matches(target: Any, tree: Tree) -> list[Site]:
     """The modules a target means, or, if a glob means none, the parameters."""
     if isinstance(target, str):
         if target == "":
@@ -276,7 +276,7 @@ def select(
     excluded: set[str] = set()
     for target in wanted:
         if isinstance(target, str) and target.startswith("!"):
-            gone = _matches(target[1:], tree)
+            gone = matches(target[1:], tree)
             if not gone:
                 raise TargetError(tree.near_miss(target[1:]).replace("The target", "The exclusion", 1))
             excluded |= {s.name for s in gone}
@@ -304,7 +304,7 @@ def select(
         return sites, left_out
     found: dict[str, Site] = {}
     for target in included:
-        hits = _matches(target, tree)
+        hits = matches(target, tree)
         if not hits:
             raise TargetError(
                 tree.near_miss(target)

@@ -24,6 +24,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "report": {"errors"},
+    "charts": {"report", "errors"},
     "container": {"errors"},
     "attention": {"errors"},
     "open_attention": {"attention", "errors"},
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "attach": {"tuning", "targets", "probe", "site", "methods", "open_attention", "errors"},
     "checkpoint": {"attach", "tuning", "targets", "container", "methods", "errors"},
     "overview": {"tuning", "targets", "probe", "report", "methods", "errors"},
-    "memory": {"probe", "report", "methods.calls", "errors"},
+    "memory": {"memory", "attach", "probe", "targets", "report", "charts", "methods", "errors"},
     "hf": {"attach", "tuning", "targets", "probe", "container", "methods", "open_attention", "errors"},
     "train": {"", "train"},  # the public names alone
 }

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peftlib.charts import bar_chart
 from peftlib.errors import PeftlibError
-from peftlib.report import Table, bar_chart, format_bytes, format_count
+from peftlib.report import Table, format_bytes, format_count
 
 ROWS = [
     {"site": "layers.0.attn.q_proj", "method": "LoRA", "parameters": 12288, "bytes": 49152, "share": 0.0123},
