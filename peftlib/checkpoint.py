@@ -7,26 +7,31 @@ touched. Nothing in a file can import or run code: methods are looked up among t
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from peftlib import methods
-from peftlib.attach import Plan, build_parts, check_name, install
-from peftlib.container import read, write
+from peftlib import methods, resume
+from peftlib.attach import Plan, check_name
+from peftlib.container import reading, write
 from peftlib.errors import CheckpointError
-from peftlib.methods.base import METHODS, Method, Site, placement, without_values
+from peftlib.fingerprint import check_base, fingerprint
+from peftlib.methods.base import METHODS, Method, Site
+from peftlib.restore import explained, restore
+from peftlib.storage import is_sharded, whole
 from peftlib.targets import Tree
-from peftlib.tuning import Part, Tuning, check_state
+from peftlib.tuning import Part, Tuning
 
 
-def save(tuning: Tuning, path: str | os.PathLike[str]) -> None:
+def save(
+    tuning: Tuning,
+    path: str | os.PathLike[str],
+    optimizer: torch.optim.Optimizer | None = None,
+    hash_base: bool = False,
+) -> None:
     """Write a tuning to ``path``; see :meth:`peftlib.Tuning.save`."""
     state = tuning.state_dict()
     empty = [k for k, t in state.items() if t.is_meta]
@@ -44,14 +49,24 @@ def save(tuning: Tuning, path: str | os.PathLike[str]) -> None:
             }
             for method, parts in _grouped(tuning.parts)
         ],
-        "base": fingerprint(tuning.model),
+        "base": fingerprint(Tree(tuning.model), values=hash_base),
         "torch": torch.__version__,
     }
-    whole, sharded = _gather(state)
+    if optimizer is not None:
+        taken = [k for k in state if k.startswith(resume.PREFIX)]
+        if taken:
+            raise CheckpointError(
+                f"{taken[0]!r} begins like the optimizer's own tensors in a file. Rename that module, or save "
+                "without the optimizer."
+            )
+        about["optimizer"], tensors = resume.describe(tuning, optimizer)
+        state |= tensors
+    sharded = any(is_sharded(t) for t in state.values())
+    gathered = {k: whole(t) for k, t in state.items()}
     try:
         # Every process holds the whole tensors now; one of them writes.
         if not sharded or torch.distributed.get_rank() == 0:
-            write(path, whole, about)
+            write(path, gathered, about)
     finally:
         if sharded:
             torch.distributed.barrier()
@@ -84,80 +99,22 @@ def load(
         >>> peftlib.load(fresh, path)
         Tuning('chat', 1 sites, 16 parameters, enabled)
     """
-    about, state = read(path)
-    _check_description(about, path)
-    name = about["name"] if name is None else name
-    check_name(model, name)
-    tree = Tree(model)
-    here = fingerprint(model)
-    if here["shapes"] != about["base"].get("shapes"):
-        there = {k: about["base"].get(k) for k in ("class", "parameters")}
-        raise CheckpointError(
-            f"{os.fspath(path)!r} was made for another base: {there['class']} with {there['parameters']} parameters; "
-            f"this is {here['class']} with {here['parameters']}. Load it into a model with the same parameter names "
-            "and shapes."
-        )
-    try:
+    shown = os.fspath(path)
+    with reading(path) as file:
+        about = file.about
+        _check_description(about, path)
+        name = about["name"] if name is None else name
+        check_name(model, name)
+        tree = Tree(model)
+        check_base(tree, about["base"], str(shown))
+        beside = resume.PREFIX if "optimizer" in about else None
+        state = file.tensors(k for k in file.entries if beside is None or not k.startswith(beside))
+    source = f"The plan in {shown!r}"
+    with explained(source):
         plan = [(_decode(p["method"], p["config"]), list(_sites(tree, p["sites"]))) for p in about["plan"]]
         _check(plan)
-        with without_values():
-            parts = build_parts(tree, plan, name)
-    except CheckpointError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"The plan in {os.fspath(path)!r} does not fit this model: {error}") from error
-    own = {f"{part.prefix}.{key}": t for part in parts for key, t in part.delta.tensors()}
-    check_state(own, state, f"the model it is loaded into ({os.fspath(path)!r})")
-    given = [_give_values(part, tree.model, state) for part in parts]
-    tuning = install(model, tree, parts, name=name, freeze=True)
-    for part, keys in zip(tuning.parts, given, strict=True):
-        _copy_values(part, keys, state)
-    if not trainable:
-        for parameter in tuning.parameters():
-            parameter.requires_grad_(False)
-    return tuning
-
-
-def _gather(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """The whole tensors of a sharded tuning (a collective call), and whether there were shards at all."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None:
-        return dict(state), False
-    sharded = any(isinstance(t, module.DTensor) for t in state.values())
-    return {k: t.full_tensor() if isinstance(t, module.DTensor) else t for k, t in state.items()}, sharded
-
-
-@torch.no_grad()
-def _give_values(part: Part, model: nn.Module, state: Mapping[str, Tensor]) -> set[str]:
-    """Turn the empty tensors of a delta into the file's, where the host is; no copy if they are there already."""
-    empty = {key: t for key, t in part.delta.tensors() if t.is_meta}
-    if not empty:
-        return set()
-    where = placement(Site(part.name, part.host, part.parameter, model))["device"]
-    # A base on meta has no values yet; a tuning's are kept on the CPU until it does.
-    where = torch.device("cpu") if where.type == "meta" else where
-    values = {key: state[f"{part.prefix}.{key}"].to(where, t.dtype) for key, t in empty.items()}
-    part.delta.load_state_dict(values, assign=True, strict=False)
-    part.delta.derive()
-    return set(values)
-
-
-@torch.no_grad()
-def _copy_values(part: Part, given: set[str], state: Mapping[str, Tensor]) -> None:
-    """The rest: the base's own tensors, and those of a method that builds its own with values."""
-    for key, tensor in part.delta.tensors():
-        if key not in given:
-            tensor.copy_(state[f"{part.prefix}.{key}"])
-
-
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What tells one base from another: class, size, and a hash over parameter names and shapes."""
-    entries = [(name, list(p.shape)) for name, _, _, p in Tree(model).parameters()]
-    return {
-        "class": getattr(type(model), "__name__", "?"),
-        "parameters": sum(p.numel() for _, _, _, p in Tree(model).parameters()),
-        "shapes": hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest(),
-    }
+    what = f"the model it is loaded into ({shown!r})"
+    return restore(tree, plan, state, name=name, trainable=trainable, source=source, what=what)
 
 
 def _grouped(parts: list[Part]) -> Iterator[tuple[Method, list[Part]]]:

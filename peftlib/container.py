@@ -1,27 +1,31 @@
-"""A safetensors file with a description and a checksum, written so that it is whole or absent.
+"""A safetensors file with a description and checksums, written so that it is whole or absent.
 
-The checksum covers every byte that matters: the tensors' data as it lies in the file, and the header's meaning.
-It guards against damage, not against forgery.
+Every byte is covered: the header by a sum of its own, each tensor by one in the header, so that a reader that wants
+some tensors only (the tuning, not the optimizer beside it) reads and checks those. Sums guard against damage, not
+against forgery; what a forged file may ask for is limited in ``storage`` (sizes) and ``checkpoint`` (names).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from peftlib.errors import CheckpointError
+from peftlib.storage import METADATA, Stored, encoded, laid_out, write_atomically
 
 FORMAT = "peftlib"
 VERSION = 1
+
+_BEGIN = b'{"__metadata__":{"checksum":"'
+"""How each file's header begins; the header's sum follows, of the header with zeros in its place."""
+_ZEROS = "00000000"
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -30,105 +34,91 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Ma
     Raises:
         CheckpointError: the folder or disk refuses; an old file of that name is then untouched.
     """
-    # Each tensor on its own: safetensors refuses tensors that share storage.
-    plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    metadata = {"format": FORMAT, "version": str(VERSION), "tuning": json.dumps(about)}
-    data = safetensors.torch.save(plain, metadata)
-    header, start = _header(data)
-    header["__metadata__"]["checksum"] = _checksum(header, memoryview(data)[start:])
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    write_atomically(Path(path), len(encoded).to_bytes(8, "little"), encoded, memoryview(data)[start:])
+    entries, data = laid_out(tensors)
+    metadata = {
+        "checksum": _ZEROS,
+        "format": FORMAT,
+        "version": str(VERSION),
+        "tuning": json.dumps(about),
+        "sums": "".join(f"{zlib.crc32(chunk):08x}" for chunk in data.values()),
+    }
+    header = encoded({METADATA: metadata, **entries})
+    at = 8 + len(_BEGIN)
+    summed = header[:at] + f"{zlib.crc32(header[8:]):08x}".encode() + header[at + 8 :]
+    write_atomically(Path(path), summed, *data.values())
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors (on the CPU) of a file, checked whole before anything is returned.
+class Reading:
+    """One open file of which header and description were checked: ``about``, ``entries`` and the tensors at wish."""
+
+    def __init__(self, stored: Stored, shown: str):
+        self._stored, self._shown = stored, shown
+        self.entries = stored.entries
+        self.about = self._description()
+        try:
+            digits = stored.metadata["sums"]
+            numbers = [int(digits[i : i + 8], 16) for i in range(0, len(digits), 8)]
+            self._sums = dict(zip(stored.entries, numbers, strict=True))
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{shown} has no checksum for each of its tensors.") from error
+
+    def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The named tensors (all by default), on the CPU, each in memory of its own."""
+        try:
+            return self._stored.read(self.entries if names is None else names, self._sums)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{self._shown} is damaged: {error}. Restore it from a copy.") from error
+
+    def _description(self) -> dict[str, Any]:
+        metadata, shown = self._stored.metadata, self._shown
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{shown} is a safetensors file, but not of a peftlib tuning. Save one with Tuning.save(path)."
+            )
+        if metadata.get("version") != str(VERSION):
+            raise CheckpointError(
+                f"{shown} has the format version {metadata.get('version')!r}; this peftlib reads version {VERSION}. "
+                "Update peftlib."
+            )
+        header, at = self._stored.header, len(_BEGIN)
+        blank = header[:at] + _ZEROS.encode() + header[at + 8 :]
+        if not header.startswith(_BEGIN) or metadata.get("checksum") != f"{zlib.crc32(blank):08x}":
+            raise CheckpointError(
+                f"{shown} is damaged: the checksum of its header does not fit. Restore it from a copy."
+            )
+        try:
+            about = json.loads(metadata["tuning"])
+        except (KeyError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{shown} has no readable description of its tuning: {error}.") from error
+        if not isinstance(about, dict):
+            raise CheckpointError(
+                f"{shown} describes its tuning as {type(about).__name__}, not as an object."
+            )
+        return about
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[Reading]:
+    """Open a file; what is read is of one state of it, even if another is put in its place meanwhile.
 
     Raises:
         CheckpointError: missing, truncated, damaged, of another format or of a later version.
     """
     shown = repr(os.fspath(path))
     try:
-        # One read: a file replaced meanwhile cannot mix with its successor.
-        data = Path(path).read_bytes()
-        tensors = safetensors.torch.load(data)
-        header, start = _header(data)
-        metadata = header.get("__metadata__", {})
+        stored = Stored(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {shown}.") from error
-    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{shown} is no readable tuning file (truncated, damaged or something else): {error}. "
             "Restore it from a copy."
         ) from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{shown} is a safetensors file, but not of a peftlib tuning. Save one with Tuning.save(path)."
-        )
-    if metadata.get("version") != str(VERSION):
-        raise CheckpointError(
-            f"{shown} has the format version {metadata.get('version')!r}; this peftlib reads version {VERSION}. "
-            "Update peftlib."
-        )
-    if metadata.get("checksum") != _checksum(header, memoryview(data)[start:]):
-        raise CheckpointError(
-            f"{shown} is damaged: its checksum does not fit its content. Restore it from a copy."
-        )
-    try:
-        about = json.loads(metadata["tuning"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{shown} has no readable description of its tuning: {error}.") from error
-    if not isinstance(about, dict):
-        raise CheckpointError(f"{shown} describes its tuning as {type(about).__name__}, not as an object.")
-    return about, tensors
+    with stored:
+        yield Reading(stored, shown)
 
 
-def write_atomically(path: Path, *chunks: bytes | memoryview) -> None:
-    """Write a file so that at every moment either the old or the new content is whole on disk.
-
-    Raises:
-        CheckpointError: it cannot be written; the old file, if there is one, is untouched.
-    """
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise CheckpointError(f"Cannot write into {str(path.parent)!r}: {error}.") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; a saved file has the permissions that any new file gets.
-        os.umask(mask := os.umask(0))
-        Path(temporary).chmod(0o666 & ~mask)
-        Path(temporary).replace(path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"Cannot write {str(path)!r}: {error}. The old file, if there was one, is untouched."
-            ) from error
-        raise
-    if hasattr(os, "O_DIRECTORY"):
-        # The rename itself is durable only once the folder is.
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _header(data: bytes) -> tuple[dict[str, Any], int]:
-    """The parsed header and where the tensors' data begins."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    if not isinstance(header, dict):
-        raise TypeError(f"its header is {type(header).__name__}, not an object")
-    return header, start
-
-
-def _checksum(header: Mapping[str, Any], data: memoryview) -> str:
-    metadata = {k: v for k, v in header.get("__metadata__", {}).items() if k != "checksum"}
-    meaning = json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode()
-    return f"{zlib.crc32(meaning):08x}{zlib.crc32(data):08x}"
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and all tensors of a file; see :func:`reading`."""
+    with reading(path) as file:
+        return file.about, file.tensors()

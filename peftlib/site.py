@@ -256,6 +256,9 @@ def _shadow(name: str) -> property:
 
     def read(self: nn.Module) -> Any:
         value = self._parameters[name]
+        if value is not None and value.is_meta:
+            # There is a shape and no more, and deltas keep it; theirs may have values already.
+            return value
         for delta in self.__dict__["_peft_weights"].get(name, ()):
             value = delta.effective(value)
         return value

@@ -288,7 +288,7 @@ def select(
         for site in method.default_sites(tree, probe):
             if _covered(site.name, excluded):
                 continue
-            why = method.fits(site)
+            why = method.fits(site) or method.wasteful(site)
             if why is not None:
                 left_out[site.name] = why
             elif probe is not None and not probe.executed(site):
@@ -331,7 +331,7 @@ def select(
             found.setdefault(site.name, site)
     sites = sorted(found.values(), key=tree.place)
     for site in sites:
-        why = method.fits(site)
+        why = method.fits(site) or method.wasteful(site)
         if why is not None:
             raise TargetError(f"{site.name or 'the root'!r} cannot carry {method}: {why}.")
     if probe is not None:

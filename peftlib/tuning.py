@@ -140,12 +140,58 @@ class Tuning:
             for key, value in state.items():
                 own[key].copy_(value)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tuning to one safetensors file, atomically. See :mod:`peftlib.checkpoint`."""
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        hash_base: bool = False,
+    ) -> None:
+        """Write the tuning to one safetensors file: whole or not at all, whatever happens meanwhile.
+
+        Args:
+            path: an old file there is replaced at once.
+            optimizer: of this tuning's parameters; its state is written beside them, for :meth:`load_optimizer`.
+            hash_base: also write a hash of each base parameter, so that :func:`peftlib.load` refuses a base of other
+                values. It takes time in proportion to the base, at both ends.
+
+        Raises:
+            CheckpointError: the file cannot be written, or something cannot be said in it, which is named.
+        """
         from peftlib.checkpoint import save
 
         self._check()
-        save(self, path)
+        save(self, path, optimizer, hash_base)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]) -> None:
+        """Give an optimizer the state that :meth:`save` wrote beside the tuning; training goes on where it stopped.
+
+        Args:
+            optimizer: new, of the same class and over the same parameters, which may stand in another order.
+            path: the file that the tuning was loaded from.
+
+        Raises:
+            CheckpointError: there is no state in the file, or it is of another optimizer, of other parameters or of
+                other groups. The optimizer is then unchanged.
+
+        Example:
+            >>> import tempfile, os, torch, peftlib
+            >>> path = os.path.join(tempfile.mkdtemp(), "chat.safetensors")
+            >>> model = torch.nn.Linear(4, 4)
+            >>> tuning = peftlib.attach(model, peftlib.LoRA(rank=2))
+            >>> optimizer = torch.optim.AdamW(tuning.parameters(), lr=0.1)
+            >>> tuning.save(path, optimizer=optimizer)
+            >>> tuning.detach()
+            >>> tuning = peftlib.load(model, path)
+            >>> optimizer = torch.optim.AdamW(tuning.parameters())
+            >>> tuning.load_optimizer(optimizer, path)
+            >>> optimizer.param_groups[0]["lr"]
+            0.1
+        """
+        from peftlib.resume import load_optimizer
+
+        self._check()
+        load_optimizer(self, optimizer, path)
 
     def enable(self) -> Tuning:
         """Let the tuning act."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import peftlib
 from peftlib import Adapter, BitFit, FullFineTuning, LoRA, NewHead, PeftlibError, PrefixTuning, PTuningV2
-from peftlib.checkpoint import fingerprint
-from peftlib.container import read, write
+from peftlib.container import Reading, read, write
 from peftlib.errors import CheckpointError, StateError
+from peftlib.fingerprint import fingerprint
 from peftlib.methods.base import METHODS, Delta, Method, Site
+from peftlib.targets import Tree
 from tests.twin import assert_untouched, classes, randomize, snapshot
 
 
@@ -152,18 +153,18 @@ def test_a_tuning_of_another_width_of_number_takes_the_hosts(tmp_path: Path) -> 
 
 def test_the_fingerprint_is_of_names_and_shapes_alone() -> None:
     model = Net()
-    one = fingerprint(model)
-    assert fingerprint(Net()) == one  # other values
+    one = fingerprint(Tree(model))
+    assert fingerprint(Tree(Net())) == one  # other values
     assert one["class"] == "Net"
     assert one["parameters"] == sum(p.numel() for p in model.parameters())
     peftlib.attach(model, LoRA(rank=2))
     peftlib.attach(model, FullFineTuning(), name="full")
-    assert fingerprint(model) == one
-    assert fingerprint(Net(4))["shapes"] != one["shapes"]
+    assert fingerprint(Tree(model)) == one
+    assert fingerprint(Tree(Net(4)))["shapes"] != one["shapes"]
     renamed = Net()
     renamed.final = renamed.head
     del renamed.head
-    assert fingerprint(renamed)["shapes"] != one["shapes"]
+    assert fingerprint(Tree(renamed))["shapes"] != one["shapes"]
 
 
 @pytest.mark.parametrize("change", ["width", "missing", "more"])
@@ -198,7 +199,7 @@ Change = Callable[[dict[str, Any], dict[str, Tensor]], Any]
         (lambda about, t: about["plan"][0]["config"].update(depth=3), r"unknown setting.* depth"),
         (lambda about, t: about["plan"][0]["config"].update(rank=-1), "rank=-1"),
         (lambda about, t: about["plan"][0]["config"].update(dtype="torch.nn"), "dtype 'torch.nn'"),
-        (lambda about, t: about["plan"][0]["config"].update(rank=100), "rank 100 is larger"),
+        (lambda about, t: about["plan"][0]["config"].update(rank=100), "shape of up.lora.a"),
         (lambda about, t: about["plan"][0].update(sites={"upp": {}}), "'upp' matches nothing"),
         (lambda about, t: about["plan"][0].update(sites={"norm": {}}), "cannot carry LoRA"),
         (lambda about, t: about.pop("plan"), "does not describe a tuning: its plan"),
@@ -264,3 +265,134 @@ def test_a_method_of_ones_own_is_found_by_its_name(tmp_path: Path) -> None:
     del METHODS["Shifting"]
     with pytest.raises(CheckpointError, match=r"'Shifting'.*must be imported before loading"):
         peftlib.load(copy.deepcopy(fresh), tmp_path / "t.safetensors", name="x")
+
+
+# -- what a file may hold, and where it goes ---------------------------------------------------------------------------
+
+
+def test_a_rank_above_the_width_loads_again_though_attaching_refuses_it(tmp_path: Path) -> None:
+    model = Net()
+    peftlib.attach(model, LoRA(rank=8, alpha=4), targets=["up"]).save(tmp_path / "t.safetensors")
+    about, _ = read(tmp_path / "t.safetensors")
+    about["plan"][0]["config"]["rank"] = 20
+    wide = {"up.lora.a": torch.randn(20, 8), "up.lora.b": torch.randn(24, 20)}
+    write(tmp_path / "t.safetensors", wide, about)
+    with pytest.raises(PeftlibError, match="rank 20 is larger"):
+        peftlib.attach(Net(), LoRA(rank=20), targets=["up"])
+    fresh = Net()
+    loaded = peftlib.load(fresh, tmp_path / "t.safetensors")
+    x = torch.randn(3, 8)
+    delta = wide["up.lora.b"] @ wide["up.lora.a"] * (4 / 20)
+    torch.testing.assert_close(
+        fresh.up(x), torch.nn.functional.linear(x, fresh.up.weight + delta, fresh.up.bias)
+    )
+    loaded.save(tmp_path / "again.safetensors")
+    peftlib.load(Net(), tmp_path / "again.safetensors")
+
+
+@pytest.mark.parametrize("plan", list(PLANS))
+def test_a_base_without_values_keeps_the_tunings_until_it_has_some(plan: str, tmp_path: Path) -> None:
+    method, options = PLANS[plan]
+    model = Net().eval()
+    base = copy.deepcopy(model.state_dict())
+    tuning = peftlib.attach(model, method, **options)
+    randomize(tuning)
+    tuning.save(tmp_path / "t.safetensors")
+    with torch.device("meta"):
+        empty = Net().eval()
+    before, kinds = list(empty.state_dict()), classes(empty)
+    if any(isinstance(m, (FullFineTuning, BitFit)) for m in tuning.sites.values()):
+        with pytest.raises(CheckpointError, match="on the meta device: there are no values to exchange"):
+            peftlib.load(empty, tmp_path / "t.safetensors")
+        assert (list(empty.state_dict()), classes(empty)) == (before, kinds)
+        assert not peftlib.tunings(empty)
+        return
+    loaded = peftlib.load(empty, tmp_path / "t.safetensors")
+    assert all(not t.is_meta for t in loaded.state_dict().values())
+    empty.load_state_dict(base, assign=True, strict=False)
+    assert torch.equal(empty(IDS), model(IDS))
+
+
+def test_every_tensor_that_was_read_has_memory_of_its_own(tmp_path: Path) -> None:
+    tuning = peftlib.attach(Net(), LoRA(rank=2), targets=["up", "down"])
+    tuning.save(tmp_path / "t.safetensors")
+    loaded = peftlib.load(Net(), tmp_path / "t.safetensors")
+    storages = [p.untyped_storage() for p in loaded.parameters()]
+    assert len({s.data_ptr() for s in storages}) == len(storages)
+    assert [s.nbytes() for s in storages] == [p.nbytes for p in loaded.parameters()]
+
+
+def test_values_are_read_straight_into_the_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning = peftlib.attach(Net(), LoRA(rank=2), targets=["up"])
+    tuning.save(tmp_path / "t.safetensors")
+    places: set[int] = set()
+    plain = Reading.tensors
+
+    def noted(self: Reading, names: Any = None) -> dict[str, Tensor]:
+        found = plain(self, names)
+        places.update(t.data_ptr() for t in found.values())
+        return found
+
+    monkeypatch.setattr(Reading, "tensors", noted)
+    loaded = peftlib.load(Net(), tmp_path / "t.safetensors")
+    assert {p.data_ptr() for p in loaded.parameters()} == places
+
+
+# -- the values of the base --------------------------------------------------------------------------------------------
+
+
+def test_a_hash_of_the_base_tells_other_values(tmp_path: Path) -> None:
+    model = Net()
+    fresh = copy.deepcopy(model)
+    other, half = copy.deepcopy(model), copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        other.norm.bias[3] += 1e-6
+        other.up.weight[0, 0] += 1e-6
+    tuning = peftlib.attach(model, LoRA(rank=2), targets=["up"])
+    # A second tuning trains the base's own values in place; the hash is of the base.
+    full = peftlib.attach(model, {"norm": FullFineTuning()}, name="full")
+    randomize(full)
+    path = tmp_path / "t.safetensors"
+    tuning.save(path, hash_base=True)
+    peftlib.load(fresh, path)
+    before, kinds = snapshot(other), classes(other)
+    with pytest.raises(
+        CheckpointError, match=r"other values: '(up.weight|norm.bias)' differs, and 1 more of 13"
+    ):
+        peftlib.load(other, path)
+    assert_untouched(other, before, kinds)
+    with pytest.raises(
+        CheckpointError, match=r"parameters in float32; this is Net with \d+ parameters in bfloat16"
+    ):
+        peftlib.load(half, path)
+    with torch.device("meta"):
+        empty = Net()
+    with pytest.raises(CheckpointError, match="has no value that a hash could be of"):
+        peftlib.load(empty, path)
+    tuning.save(path)
+    peftlib.load(other, path)
+
+
+def test_what_is_not_the_base_any_more_is_not_hashed(tmp_path: Path) -> None:
+    model = Net()
+    tuning = peftlib.attach(model, LoRA(rank=2), targets=["up"])
+    tuning.merge()
+    with pytest.raises(StateError, match=r"'up.weight' has 'default' merged into it"):
+        tuning.save(tmp_path / "t.safetensors", hash_base=True)
+    tuning.unmerge()
+    kept = peftlib.attach(model, {"norm": FullFineTuning(keep_base=False)}, name="full")
+    with pytest.raises(StateError, match=r"'norm.(weight|bias)' is trained with keep_base=False"):
+        kept.save(tmp_path / "t.safetensors", hash_base=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_forged_hashes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    peftlib.attach(Net(), LoRA(rank=2), targets=["up"]).save(path, hash_base=True)
+    about, tensors = read(path)
+    for values in ("x", [], {}, {**about["base"]["values"], "more": "0"}):
+        write(path, tensors, {**about, "base": {**about["base"], "values": values}})
+        with pytest.raises(CheckpointError, match="one hash for each parameter"):
+            peftlib.load(Net(), path)

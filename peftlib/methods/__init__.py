@@ -14,6 +14,7 @@ HOME = {  # public name -> file; a file that names a method may make it be impor
     "PTuningV1": "ptuning_v1",
     "PTuningV2": "ptuning_v2",
     "PartialFineTuning": "partial",
+    "PositionOffset": "position_offset",
     "PrefixTuning": "prefix",
     "PromptTuning": "prompt",
     "TokenRows": "token_rows",

@@ -183,6 +183,10 @@ class Method(ABC):
         """Why a site that the method takes has the wrong size; a default lists it, an explicit target raises."""
         return None
 
+    def wasteful(self, site: Site) -> str | None:
+        """As :meth:`fits`, where it would work without being of use; what a file holds is taken all the same."""
+        return None
+
     @property
     def label(self) -> str:
         return type(self).__name__.lower()

@@ -394,9 +394,14 @@ class LoRA(Method):
     def fits(self, site: Site) -> str | None:
         matrix = self._matrix(site)
         assert matrix is not None
+        if self.rows and self.rows[-1][1] > matrix[1]:
+            return f"rows reach to {self.rows[-1][1]}, the module has {matrix[1]} output features"
+        return None
+
+    def wasteful(self, site: Site) -> str | None:
+        matrix = self._matrix(site)
+        assert matrix is not None
         if self.rows:
-            if self.rows[-1][1] > matrix[1]:
-                return f"rows reach to {self.rows[-1][1]}, the module has {matrix[1]} output features"
             matrix = (matrix[0], min(stop - start for start, stop in self.rows))
         if self.rank > min(matrix):
             return f"rank {self.rank} is larger than its matrix of {matrix[0]} by {matrix[1]}"

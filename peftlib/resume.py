@@ -1,0 +1,234 @@
+"""The state of an optimizer in a tuning's file, so that training goes on as if it had never stopped.
+
+It lies beside the tuning's tensors, so the two can never be of different steps. Everything is named by the parameter
+it belongs to: the order of parameters and of groups may change. Tensors are tensors, settings are JSON; what is neither
+is refused by its name rather than pickled.
+
+Left out on purpose: schedulers, data order and random state, which have small state dicts of their own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlib.container import Reading, reading
+from peftlib.errors import CheckpointError, PeftlibError
+from peftlib.storage import is_sharded
+from peftlib.tuning import Tuning
+
+PREFIX = "optimizer/"
+"""How the names of an optimizer's tensors begin in a file."""
+_SCALARS = (bool, int, float, str, type(None))
+_NOT_SETTINGS = ("params", "param_names")
+
+
+def describe(tuning: Tuning, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An optimizer's state as JSON and tensors.
+
+    Raises:
+        CheckpointError: it trains what is not the tuning's, or its state holds what a file without pickles cannot.
+    """
+    _check_kind(optimizer)
+    packed = optimizer.state_dict()
+    if more := sorted(map(str, packed.keys() - {"state", "param_groups"})):
+        raise CheckpointError(
+            f"{_kind(optimizer)}.state_dict() has {more[0]!r} besides state and param_groups. {_YOURSELF}"
+        )
+    tensors: dict[str, Tensor] = {}
+    names = _names(tuning, optimizer, packed["param_groups"])
+
+    def put(place: str, key: Any, value: Any) -> dict[str, Any]:
+        if isinstance(value, Tensor) and (type(value) in (Tensor, nn.Parameter) or is_sharded(value)):
+            tensors[f"{PREFIX}{place}/{key}"] = value
+            return {"tensor": f"{PREFIX}{place}/{key}"}
+        if isinstance(key, str) and _is_plain(value):
+            return {"value": value}
+        raise CheckpointError(
+            f"{_kind(optimizer)} keeps {key!r} of {place!r} as {_what(value)}, which is neither a tensor nor a JSON "
+            f"value. {_YOURSELF}"
+        )
+
+    unnamed = [i for i in packed["state"] if i not in names]
+    if unnamed:
+        raise CheckpointError(
+            f"{_kind(optimizer)} keeps a state under {unnamed[0]!r}, which is no parameter. {_YOURSELF}"
+        )
+    return {
+        "class": _kind(optimizer),
+        "groups": [
+            {
+                "parameters": [names[i] for i in group["params"]],
+                "settings": {k: put(f"group {g}", k, v) for k, v in group.items() if k not in _NOT_SETTINGS},
+            }
+            for g, group in enumerate(packed["param_groups"])
+        ],
+        "state": {
+            names[i]: {k: put(names[i], k, v) for k, v in state.items()}
+            for i, state in packed["state"].items()
+        },
+    }, tensors
+
+
+def load_optimizer(tuning: Tuning, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]) -> None:
+    """Give an optimizer the state in a file; see :meth:`peftlib.Tuning.load_optimizer`."""
+    _check_kind(optimizer)
+    shown = repr(os.fspath(path))
+    with reading(path) as file:
+        about = file.about.get("optimizer")
+        if about is None:
+            raise CheckpointError(
+                f"{shown} was saved without an optimizer. Save with tuning.save(path, optimizer=optimizer)."
+            )
+        try:
+            if about["class"] != _kind(optimizer):
+                raise CheckpointError(
+                    f"{shown} holds the state of {about['class']}; this is {_kind(optimizer)}. Make the same one."
+                )
+            names = _names(tuning, optimizer, optimizer.state_dict()["param_groups"])
+            _check_parameters(tuning, names.values(), file, shown)
+            tensors = file.tensors(n for n in file.entries if n.startswith(PREFIX))
+            packed = _packed(about, optimizer, names, tensors, shown)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(
+                f"{shown} does not describe an optimizer as it should: {error!r}."
+            ) from error
+        kept = {n: file.entries[n].dtype for n in names.values()}
+    _give(optimizer, packed, kept, dict(zip(names.values(), _parameters(optimizer), strict=True)), names)
+
+
+def _packed(
+    about: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str],
+    tensors: Mapping[str, Tensor],
+    shown: str,
+) -> dict[str, Any]:
+    """What ``optimizer.load_state_dict`` takes, in this optimizer's own order."""
+
+    def get(entry: Mapping[str, Any]) -> Any:
+        return tensors[entry["tensor"]] if "tensor" in entry else entry["value"]
+
+    groups = []
+    for group in optimizer.state_dict()["param_groups"]:
+        own = {names[i] for i in group["params"]}
+        match = [g for g in about["groups"] if set(g["parameters"]) == own]
+        if len(match) != 1:
+            theirs = next(
+                (set(g["parameters"]) for g in about["groups"] if own & set(g["parameters"])), set()
+            )
+            odd = min(own ^ theirs, default="(no parameter)")
+            raise CheckpointError(
+                f"{shown} has no group of the same parameters as one of the optimizer's: they part at {odd!r}. Make "
+                f"its {len(about['groups'])} group(s) of the parameters they had."
+            )
+        settings = {k: _as_was(get(v), group.get(k)) for k, v in match[0]["settings"].items()}
+        names_too = {k: v for k, v in group.items() if k == "param_names"}
+        groups.append({**settings, **names_too, "params": group["params"]})
+    state = {
+        i: {k: get(v) for k, v in about["state"][name].items()}
+        for i, name in names.items()
+        if name in about["state"]
+    }
+    return {"state": state, "param_groups": groups}
+
+
+@torch.no_grad()
+def _give(
+    optimizer: torch.optim.Optimizer,
+    packed: dict[str, Any],
+    dtypes: Mapping[str, torch.dtype],
+    parameters: Mapping[str, Tensor],
+    names: Mapping[int, str],
+) -> None:
+    for i, state in packed["state"].items():
+        parameter = parameters[names[i]]
+        for key, value in state.items():
+            if isinstance(value, Tensor) and is_sharded(parameter) and value.shape == parameter.shape:
+                state[key] = _sharded_like(value, parameter)
+    optimizer.load_state_dict(packed)
+    for i, state in packed["state"].items():
+        parameter = parameters[names[i]]
+        if parameter.dtype != dtypes[names[i]]:
+            continue  # another base's dtype: the state has followed it, as torch does
+        for key, value in state.items():
+            now = optimizer.state[parameter].get(key)
+            if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
+                # Torch rounds a state to its parameter's dtype, and this optimizer keeps it wider.
+                optimizer.state[parameter][key] = value.to(now.device)
+
+
+def _names(
+    tuning: Tuning, optimizer: torch.optim.Optimizer, groups: Iterable[Mapping[str, Any]]
+) -> dict[int, str]:
+    """Names of the optimizer's parameters by their numbers in its state dict."""
+    own = {id(p): name for name, p in tuning.named_parameters()}
+    found: dict[int, str] = {}
+    for packed, group in zip(groups, optimizer.param_groups, strict=True):
+        for i, parameter in zip(packed["params"], group["params"], strict=True):
+            if id(parameter) not in own:
+                name = next((n for n, p in tuning.model.named_parameters() if p is parameter), None)
+                raise CheckpointError(
+                    f"{_kind(optimizer)} trains {repr(name) if name else tuple(parameter.shape)}, which is not the "
+                    f"tuning's own. Make it of tuning.parameters() of {tuning.name!r} alone."
+                )
+            found[i] = own[id(parameter)]
+    return found
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """In the order of the numbers in the state dict."""
+    return list({id(p): p for group in optimizer.param_groups for p in group["params"]}.values())
+
+
+def _check_parameters(tuning: Tuning, names: Iterable[str], file: Reading, shown: str) -> None:
+    own: dict[str, Callable[[], Any] | Tensor] = dict(tuning.named_parameters())
+    for name in names:
+        shape, entry = tuple(own[name].shape), file.entries.get(name)  # type: ignore[union-attr]
+        if entry is None or entry.shape != shape:
+            there = "does not have it" if entry is None else f"has it with shape {entry.shape}"
+            raise CheckpointError(
+                f"The tuning {tuning.name!r} trains {name!r} of shape {shape}, and {shown} {there}. Load the tuning "
+                "from that file first."
+            )
+
+
+def _as_was(value: Any, now: Any) -> Any:
+    """JSON has no tuples; a setting that is one (betas) stays one."""
+    return tuple(value) if isinstance(now, tuple) and isinstance(value, list) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(v, _SCALARS) for v in value)
+    return isinstance(value, _SCALARS)
+
+
+def _what(value: Any) -> str:
+    kind = type(value).__name__
+    inside = next((type(v).__name__ for v in value), None) if isinstance(value, (list, tuple)) else None
+    return f"a {kind} of {inside}" if inside else f"a {kind}"
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    return type(optimizer).__name__
+
+
+def _check_kind(optimizer: Any) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise PeftlibError(
+            f"optimizer= takes a torch.optim.Optimizer; got {type(optimizer).__name__}. Pass the optimizer itself."
+        )
+
+
+def _sharded_like(value: Tensor, parameter: Any) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+_YOURSELF = "Keep its state_dict() by your own means, beside tuning.save(path)."
