@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 # first use, so that the import costs little beside torch's own.
 from peftlib.attach import attach
 from peftlib.errors import PeftlibError
+from peftlib.merging import merged_state_dict
 from peftlib.methods.full import FullFineTuning
 from peftlib.methods.lora import LoRA
 from peftlib.methods.new_head import NewHead
@@ -49,6 +50,7 @@ __all__ = [
     "inspect",
     "load",
     "measure_memory",
+    "merged_state_dict",
     "summary",
     "tunings",
     "use",

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from peftlib.errors import CheckpointError, StateError
+from peftlib.merging import MERGED
 from peftlib.methods.base import CHILD
 from peftlib.methods.trained import Trained
 from peftlib.storage import as_bytes, whole
 from peftlib.targets import Tree
-from peftlib.tuning import MERGED
 
 
 def fingerprint(tree: Tree, values: bool = False) -> dict[str, Any]:

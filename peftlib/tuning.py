@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from peftlib.errors import CheckpointError, PeftlibError, StateError
+from peftlib.merging import MERGED, Kept, merge, put_back
 from peftlib.methods.base import Delta, Method
-from peftlib.methods.trained import Trained, hold_statistics, release_statistics
-from peftlib.site import check_closable, close_host, deltas, is_open, set_active
+from peftlib.methods.trained import hold_statistics, release_statistics
+from peftlib.site import check_closable, close_host, deltas, set_active
 
 TUNINGS = "_peft_tunings"
 FLAGS = "_peft_flags"
-MERGED = "_peft_merged"
-"""Attribute of a module with merged weights: parameter's own name -> name of the tuning that is in it."""
 
 
 @dataclass
@@ -74,7 +73,7 @@ class Tuning:
         self.skipped = dict(skipped)
         self.enabled = False
         self.attached = True
-        self._kept: list[tuple[nn.Module, str, Tensor]] = []
+        self._kept: list[Kept] = []
 
     def __repr__(self) -> str:
         if not self.attached:
@@ -257,91 +256,37 @@ class Tuning:
     def merge(self, keep: str | torch.device | None = None) -> Tuning:
         """Write the tuning's update into the base weights; :meth:`unmerge` brings the base back bit for bit.
 
-        The original of each changed weight is kept (on ``keep``, e.g. ``"cpu"``, or where it is), which costs the
-        bytes of those weights until ``unmerge``.
+        ``W <- round(W + dW)``, computed in float32 or wider and rounded once. The original of each changed weight is
+        kept (on ``keep``, e.g. ``"cpu"``, or where it is), which costs the bytes of those weights until ``unmerge``.
 
         Raises:
             PeftlibError: a method that is no change of a weight, a weight shared with a module outside the tuning,
-                a disabled tuning, or a result that is not finite. The model is then unchanged.
+                a weight that others are at, a disabled tuning, or a result that is not finite. The model is then
+                unchanged.
+
+        Example:
+            >>> import torch, peftlib
+            >>> model = torch.nn.Linear(4, 4)
+            >>> tuning, before = peftlib.attach(model, peftlib.LoRA(rank=2)), model.weight.clone()
+            >>> _ = torch.nn.init.ones_(tuning.state_dict()["lora.b"])
+            >>> _ = tuning.merge()
+            >>> torch.equal(model.weight, before), torch.equal(tuning.unmerge().model.weight, before)
+            (False, True)
         """
         self._check()
         if self.merged:
             return self
         if not self.enabled:
             raise StateError(f"The tuning {self.name!r} is disabled; enable() it before merging.")
-        new: dict[tuple[int, str], tuple[nn.Module, str, Tensor]] = {}
-        users: dict[int, list[tuple[str, nn.Module]]] = {}
-        for name, module in self.model.named_modules():
-            for parameter in module._parameters.values():
-                users.setdefault(id(parameter), []).append((name, module))
-        with torch.no_grad():
-            for part in self.parts:
-                if part.delta.passive:
-                    continue
-                for owner, name, rows, update in part.delta.merged():
-                    self._check_mergeable(part, owner, name, users)
-                    entry = new.get((id(owner), name))
-                    value = entry[2] if entry else owner._parameters[name].detach().clone()  # type: ignore[union-attr]
-                    target = value if rows is None else value[rows]
-                    target.copy_(update(target))
-                    if not torch.isfinite(target).all():
-                        raise PeftlibError(
-                            f"Merging {self.name!r} into {part.name!r} gives values that are not finite. The model is "
-                            "unchanged; look for NaN in the tuning, or scale it down."
-                        )
-                    new[id(owner), name] = (owner, name, value)
+        self._kept = merge(self.model, self.name, [part.delta for part in self.parts], keep)
         self._act(False)
-        for owner, name, value in new.values():
-            held = owner._parameters[name]
-            original = held.data  # type: ignore[union-attr]
-            held.data = value  # type: ignore[union-attr]
-            self._kept.append((owner, name, original if keep is None else original.to(keep)))
-            owner.__dict__.setdefault(MERGED, {})[name] = self.name
         return self
-
-    def _check_mergeable(
-        self, part: Part, owner: nn.Module, name: str, users: Mapping[int, list[tuple[str, nn.Module]]]
-    ) -> None:
-        # A part that changes no weight of its own (logits tied to token rows) follows a merged one by itself.
-        followers = {id(p.host) for p in self.parts if not p.delta.passive and not p.delta.merged()}
-        for other, module in users[id(owner._parameters[name])]:
-            if module is not owner and id(module) not in followers:
-                raise PeftlibError(
-                    f"The weight of {part.name!r} is shared with {other!r}, so merging would change that as well. "
-                    "Untie them first, or keep the tuning attached."
-                )
-        active = (
-            *owner.__dict__.get("_peft_active", ()),
-            *owner.__dict__.get("_peft_weights", {}).get(name, ()),
-        )
-        if any(d is not part.delta for d in active):
-            raise StateError(
-                f"{part.name!r} carries another enabled delta, which a merge of {self.name!r} would reorder. "
-                "Disable the other tunings first."
-            )
-        merged = owner.__dict__.get(MERGED, {})
-        if name in merged:
-            raise StateError(
-                f"{part.name!r} has {merged[name]!r} merged into it already; unmerge() that one first."
-            )
-        mine = {id(p.delta) for p in self.parts}
-        for delta in deltas(owner).children() if is_open(owner) else ():
-            if isinstance(delta, Trained) and delta.on and name in delta.names and id(delta) not in mine:
-                raise StateError(
-                    f"The weight of {part.name!r} is trained by another enabled tuning, which would lose its base if "
-                    f"{self.name!r} were merged into it. Disable that one first."
-                )
 
     def unmerge(self) -> Tuning:
         """Put the original weights back, bit for bit, and let the tuning act as before :meth:`merge`."""
         self._check()
         if self.merged:
-            for owner, name, original in self._kept:
-                parameter = owner._parameters[name]
-                parameter.data = original.to(parameter.device)  # type: ignore[union-attr]
-                del owner.__dict__[MERGED][name]
-                if not owner.__dict__[MERGED]:
-                    del owner.__dict__[MERGED]
+            put_back(self._kept)
             self._kept = []
             self._act(True)
         return self

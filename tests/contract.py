@@ -490,6 +490,31 @@ def a_hundred_merges_leave_the_base_bit_identical(pair: Pair) -> None:
     assert not differences(before, snapshot(model))
 
 
+@invariant
+def a_merged_state_dict_makes_a_plain_model_equal_or_is_refused(pair: Pair) -> None:
+    model, tuning = pair.tuned()
+    tuned = pair.run(model.eval())
+    try:
+        tuning.merge().unmerge()
+        reason = None
+    except PeftlibError as error:
+        reason = str(error)
+    before = snapshot(model)
+    if reason is not None:
+        with pytest.raises(PeftlibError) as refused:
+            peftlib.merged_state_dict(model)
+        assert str(refused.value) == reason
+        assert not differences(before, snapshot(model))
+        return
+    state = peftlib.merged_state_dict(model)
+    assert not differences(before, snapshot(model))
+    fresh = pair.host.model().eval()
+    about = lambda tensors: [(k, t.shape, t.dtype, t.requires_grad) for k, t in tensors.items()]  # noqa: E731
+    assert about(state) == about(fresh.state_dict())
+    fresh.load_state_dict(state)
+    assert close(pair.run(fresh), tuned)
+
+
 # -- compiling ---------------------------------------------------------------------------------------------------------
 
 

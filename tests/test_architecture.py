@@ -34,9 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "site": {"methods.base", "open_attention", "errors"},
     "probe": {"site", "methods.base", "methods.calls", "methods.linear", "attention", "errors"},
     "targets": {"probe", "site", "methods.base", "open_attention", "errors"},
-    "tuning": {"site", "methods.base", "methods.trained", "errors"},
+    "merging": {"targets", "site", "methods.base", "methods.trained", "errors"},
+    "tuning": {"merging", "site", "methods.base", "methods.trained", "errors"},
     "attach": {"tuning", "targets", "probe", "site", "methods", "open_attention", "errors"},
-    "fingerprint": {"tuning", "targets", "storage", "methods.base", "methods.trained", "errors"},
+    "fingerprint": {"merging", "targets", "storage", "methods.base", "methods.trained", "errors"},
     "restore": {"attach", "tuning", "targets", "methods.base", "errors"},
     "resume": {"tuning", "container", "storage", "errors"},
     "checkpoint": {
@@ -224,7 +225,7 @@ def test_the_public_names() -> None:
         "Adapter", "BitFit", "FullFineTuning", "LoRA", "NewHead", "PTuningV1", "PTuningV2", "PartialFineTuning",
         "PrefixTuning", "PromptTuning", "TokenRows",
         # where and how
-        "attach", "inspect", "load", "summary", "tunings", "use", "Tuning", "PeftlibError",
+        "attach", "inspect", "load", "merged_state_dict", "summary", "tunings", "use", "Tuning", "PeftlibError",
         # what it costs
         "MemoryReport", "estimate_memory", "measure_memory",
     }  # fmt: skip

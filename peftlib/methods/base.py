@@ -111,7 +111,11 @@ class Delta(nn.Module):
         """Called once when the delta leaves its host for good."""
 
     def merged(self) -> Sequence[tuple[nn.Module, str, slice | None, Callable[[Tensor], Tensor]]]:
-        """Weight updates equal to this delta, as (owner, parameter, rows, old -> new); raises where none is."""
+        """Weight updates equal to this delta, as (owner, parameter, rows, old -> new); raises where none is.
+
+        Each maps the weight, or those rows of it, to a new tensor, in any dtype at least as wide; it is rounded once,
+        after the last. Modules that share a weight have to give equal updates.
+        """
         raise PeftlibError(
             f"{type(self).__name__} cannot be merged: it is no change of a weight. Keep the tuning attached."
         )

@@ -60,11 +60,11 @@ class Magnitude(nn.Module):
             return scale.view(-1, *ones), bias.view(-1, *ones)
         return scale, bias
 
-    def rescale(self, new: Tensor) -> Tensor:
-        """``m W' / |W'|`` for a merged weight W' in the host's layout."""
+    def rescale(self, new: Tensor, read: Tensor) -> Tensor:
+        """``m W' / |V|`` for a merged weight W' in the host's layout, and V = W + s B A."""
         rows = 1 if is_transposed(self._host[0]) else 0
         shape = [-1 if d == rows else 1 for d in range(new.dim())]
-        norm = new.flatten(1).norm(dim=1) if rows == 0 else new.norm(dim=0)
+        norm = read.flatten(1).norm(dim=1) if rows == 0 else read.norm(dim=0)
         return new * (self.m.detach().to(new.dtype) / torch.where(norm > 0, norm, 1)).view(shape)
 
     def _squares(self, a: Tensor, b: Tensor, s: float) -> Tensor:

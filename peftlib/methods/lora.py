@@ -98,6 +98,10 @@ class LowRank(Delta):
         """``s B A`` in the layout of the host's weight, for merging; float32 or wider."""
         raise NotImplementedError
 
+    def added(self, weight: Tensor) -> Tensor:
+        """``W + s B A`` in new memory, W in float32 or wider."""
+        return weight + self.delta_weight()
+
     def merged(self) -> Any:
         host = self._host[0]
         owner, name, rows = host.owner() if isinstance(host, Projection) else (host, "weight", None)
@@ -113,12 +117,17 @@ class LowRank(Delta):
                 "merged weight "
                 "would not give what the tuning gives. Keep the tuning attached."
             )
+        return [(owner, name, rows, self.update_weight)]
 
-        def update(old: Tensor) -> Tensor:
-            new = old.to(torch.promote_types(old.dtype, torch.float32)) + self.delta_weight()
-            return new if self.magnitude is None else self.magnitude.rescale(new)
-
-        return [(owner, name, rows, update)]
+    def update_weight(self, old: Tensor) -> Tensor:
+        new = self.added(_wide(old))
+        magnitude: Any = self.magnitude
+        if magnitude is None:
+            return new
+        # The norm is that of the weight as it reads, which is not what deltas before this one have made of it.
+        read: Any = self._host[0].weight
+        alone = read.data_ptr() == old.data_ptr()
+        return magnitude.rescale(new, new if alone else self.added(_wide(read)))
 
 
 class LinearLoRA(LowRank):
@@ -162,6 +171,22 @@ class LinearLoRA(LowRank):
         if at < self.out_features:
             pieces.append(_zeros(pieces[0], self.out_features - at, axis))
         return torch.cat(pieces, axis)
+
+    def update_weight(self, old: Tensor) -> Tensor:
+        if self.rows or self.magnitude is not None:
+            return super().update_weight(old)
+        wide = torch.promote_types(old.dtype, torch.float32)
+        a, b = self.a.detach().to(wide), self.b.detach().to(wide)
+        left, right = (a.T, b.T) if is_transposed(self._host[0]) else (b, a)
+        if old.dtype == wide:
+            return torch.addmm(old, left, right, alpha=self.scaling)
+        # A narrow weight widens block by block in one small buffer, so that no wide copy of it is ever written.
+        new, rows = torch.empty_like(old), max(1, _BLOCK // old.shape[1])
+        buffer = old.new_empty((min(rows, old.shape[0]), old.shape[1]), dtype=wide)
+        for old_part, new_part, left_part in zip(*(t.split(rows) for t in (old, new, left)), strict=True):
+            part = buffer[: old_part.shape[0]].copy_(old_part)
+            new_part.copy_(part.addmm_(left_part, right, alpha=self.scaling))
+        return new
 
     def delta_weight(self) -> Tensor:
         a, b = _wide(self.a), _wide(self.b)
@@ -239,11 +264,14 @@ class ParameterLoRA(Delta):
         return value + self.scaling * (self.b @ self.a).view_as(value).to(value.dtype)
 
     def merged(self) -> Any:
-        update: Callable[[Tensor], Tensor] = lambda old: (  # noqa: E731
-            old.to(torch.promote_types(old.dtype, torch.float32))
-            + self.scaling * (_wide(self.b) @ _wide(self.a)).view_as(old)
-        )
-        return [(self._host[0], self.name, None, update)]
+        return [(self._host[0], self.name, None, self.update_weight)]
+
+    def update_weight(self, old: Tensor) -> Tensor:
+        return _wide(old) + self.scaling * (_wide(self.b) @ _wide(self.a)).view_as(old)
+
+
+_BLOCK = 1 << 18
+"""Elements of a weight that are widened at a time."""
 
 
 @torch.no_grad()
@@ -254,10 +282,11 @@ def applies_plainly(host: Any) -> bool:
         own = next(c for c in CONVOLUTIONS if isinstance(host, c))
         return plain.forward is own.forward and plain._conv_forward is own._conv_forward
     if isinstance(host, nn.Embedding):
-        return plain.forward is nn.Embedding.forward
+        # With max_norm the looked up rows are scaled first, by a norm that a merge would change.
+        return plain.forward is nn.Embedding.forward and host.max_norm is None
     if plain.forward is nn.Linear.forward:
         return True
-    weight = host._parameters["weight"]
+    weight = host.weight  # as its forward reads it: an update of the raw weight may be on
     weight_OI = weight.T if is_transposed(host) else weight
     x = torch.linspace(-1, 1, 3 * weight_OI.shape[1], device=weight.device).view(3, -1).to(weight.dtype)
     try:

@@ -58,14 +58,10 @@ class Rows(Delta):
         return torch.where((which >= 0).unsqueeze(-1), self.rows[which.clamp_min(0)].to(out.dtype), out)
 
     def merged(self) -> Any:
-        return [
-            (
-                self._host[0],
-                "weight",
-                None,
-                lambda old: old.index_copy(0, self.ids, self.rows.detach().to(old.dtype)),
-            )
-        ]
+        return [(self._host[0], "weight", None, self.update_weight)]
+
+    def update_weight(self, old: Tensor) -> Tensor:
+        return old.index_copy(0, self.ids, self.rows.detach().to(old.dtype))
 
 
 class TiedLogits(Delta):
@@ -83,7 +79,8 @@ class TiedLogits(Delta):
         return map_first(base(*args, **kwargs), lambda y: y.index_copy(-1, source.ids, new.to(y.dtype)))
 
     def merged(self) -> Any:
-        return []  # the tied weight is the embedding's
+        # The tied weight is the embedding's, so it is the same step.
+        return [(self._host[0], "weight", None, self._rows[0].update_weight)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from peftlib.targets import Tree
 
 HELD = "_peft_statistics"
+TRAINED = "_peft_trained"
+"""Attribute of a module whose parameters a tuning is training: own name -> the delta whose values are in it."""
 
 
 def hold_statistics(module: nn.Module) -> None:
@@ -125,17 +127,12 @@ class Trained(Delta):
             return
         mine = {id(p): name for name, p in self.trained()}
         for host in (*self._host, *self._sharing):
-            for sibling in host._modules[CHILD]._modules.values() if CHILD in host._modules else ():  # type: ignore[union-attr]
-                both = [
-                    mine[id(p)]
-                    for _, p in (sibling.trained() if isinstance(sibling, Trained) and sibling.on else ())
-                    if id(p) in mine
-                ]
-                if both:
-                    raise StateError(
-                        f"{plain_class(host).__name__}'s {', '.join(both)} is trained by another enabled tuning; two "
-                        "cannot own one weight at a time. Disable that one first (peftlib.use enables exactly one)."
-                    )
+            taken = [n for n in host.__dict__.get(TRAINED, ()) if id(host._parameters[n]) in mine]
+            if taken:
+                raise StateError(
+                    f"{plain_class(host).__name__}'s {', '.join(taken)} is trained by another enabled tuning; two "
+                    "cannot own one weight at a time. Disable that one first (peftlib.use enables exactly one)."
+                )
 
     @torch.no_grad()
     def switch(self, on: bool) -> None:
@@ -150,7 +147,15 @@ class Trained(Delta):
             parameter.requires_grad_(True if on else self._flags[name])
         if self.statistics:
             let_statistics_move(self._host[0], on)
+        self._mark(on)
         self.on = on
+
+    def _mark(self, on: bool) -> None:
+        host = self._host[0]
+        marks = {n: d for n, d in host.__dict__.pop(TRAINED, {}).items() if d is not self}
+        marks |= dict.fromkeys(self.names, self) if on else {}
+        if marks:
+            host.__dict__[TRAINED] = marks
 
     def close(self) -> None:
         for _, parameter in self.trained():

@@ -156,9 +156,7 @@ class Prepend(Delta):
         return _spread(self.prompt(), embeds, axis if axis >= 0 else axis - 1)
 
     def merged(self) -> Any:
-        raise PeftlibError(
-            "A prompt cannot be merged: it adds positions, not a change of a weight. Keep the tuning attached."
-        )
+        raise _unmergeable()
 
     def fold(self) -> bool:
         return _fold(self)
@@ -183,7 +181,7 @@ class Relay(Delta):
         return anchor.run(self.entry, base, args, kwargs)[0]
 
     def merged(self) -> Any:
-        return []  # the prompt itself refuses
+        raise _unmergeable()
 
 
 class AtEmbedding(Delta):
@@ -231,7 +229,7 @@ class Overwrite(AtEmbedding):
         return torch.cat([out.narrow(axis, 0, room.shift), rows, rest], axis)
 
     def merged(self) -> Any:
-        return []  # the prompt itself refuses
+        raise _unmergeable()
 
 
 def prompts_within(part: nn.Module, table: nn.Module) -> int:
@@ -297,12 +295,16 @@ class Placeholder(AtEmbedding):
         return torch.where(there.unsqueeze(-1), rows_PD[which], out)
 
     def merged(self) -> Any:
-        raise PeftlibError(
-            "A prompt cannot be merged: it adds positions, not a change of a weight. Keep the tuning attached."
-        )
+        raise _unmergeable()
 
     def fold(self) -> bool:
         return _fold(self)
+
+
+def _unmergeable() -> PeftlibError:
+    return PeftlibError(
+        "A prompt cannot be merged: it adds positions, not a change of a weight. Keep the tuning attached."
+    )
 
 
 def _fold(delta: Any) -> bool:
