@@ -82,9 +82,10 @@ def _give_values(
         owner = part.delta.get_submodule(path) if path else part.delta
         value = _alone(state[f"{part.prefix}.{key}"].to(where, own[key].dtype))
         if owner._parameters.get(name) is own[key]:
-            owner._parameters[name] = nn.Parameter(value, own[key].requires_grad)
+            # By assignment, which modules with lists of their own weights (nn.LSTM) notice.
+            setattr(owner, name, nn.Parameter(value, own[key].requires_grad))
         elif owner._buffers.get(name) is own[key]:
-            owner._buffers[name] = value
+            setattr(owner, name, value)
         else:
             raise CheckpointError(
                 f"{part.name or 'the root'!r} trains the base's own {key}, which is on the meta device: there are no "

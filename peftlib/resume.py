@@ -114,27 +114,28 @@ def _packed(
         return tensors[entry["tensor"]] if "tensor" in entry else entry["value"]
 
     groups = []
+    saved: dict[frozenset[str], Mapping[str, Any]] = {frozenset(g["parameters"]): g for g in about["groups"]}
     for group in optimizer.state_dict()["param_groups"]:
-        own = {names[i] for i in group["params"]}
-        match = [g for g in about["groups"] if set(g["parameters"]) == own]
-        if len(match) != 1:
-            theirs = next(
-                (set(g["parameters"]) for g in about["groups"] if own & set(g["parameters"])), set()
-            )
-            odd = min(own ^ theirs, default="(no parameter)")
-            raise CheckpointError(
-                f"{shown} has no group of the same parameters as one of the optimizer's: they part at {odd!r}. Make "
-                f"its {len(about['groups'])} group(s) of the parameters they had."
-            )
-        settings = {k: _as_was(get(v), group.get(k)) for k, v in match[0]["settings"].items()}
-        names_too = {k: v for k, v in group.items() if k == "param_names"}
-        groups.append({**settings, **names_too, "params": group["params"]})
-    state = {
-        i: {k: get(v) for k, v in about["state"][name].items()}
-        for i, name in names.items()
-        if name in about["state"]
-    }
+        own = frozenset(names[i] for i in group["params"])
+        match = saved.pop(own, None)
+        if match is None:
+            theirs = next((other for other in saved if own & other), frozenset())
+            raise _no_group(about, shown, min(own ^ theirs, default="(none)"))
+        settings = {k: _as_was(get(v), group.get(k)) for k, v in match["settings"].items()}
+        kept = {k: group[k] for k in _NOT_SETTINGS if k in group}
+        groups.append({**settings, **kept})
+    if saved:
+        raise _no_group(about, shown, min(next(iter(saved)), default="(none)"))
+    states = dict(about["state"].items())
+    state = {i: {k: get(v) for k, v in states[name].items()} for i, name in names.items() if name in states}
     return {"state": state, "param_groups": groups}
+
+
+def _no_group(about: Mapping[str, Any], shown: str, odd: str) -> CheckpointError:
+    return CheckpointError(
+        f"{shown} has {len(about['groups'])} group(s) of parameters, and the optimizer's are not the same ones: they "
+        f"part at {odd!r}. Make its groups of the parameters they had."
+    )
 
 
 @torch.no_grad()

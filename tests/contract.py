@@ -287,6 +287,37 @@ def a_saved_tuning_gives_the_same_outputs_on_a_fresh_model(pair: Pair) -> None:
 
 
 @invariant
+def training_goes_on_as_if_it_had_never_stopped(pair: Pair) -> None:
+    model, tuning = pair.attached()
+    optimizer = torch.optim.Adam(tuning.parameters(), lr=2e-2, eps=1e-3)
+    some_steps(pair, model, optimizer, 2)
+    fresh = pair.host.model()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tuning.safetensors"
+        tuning.save(path, optimizer=optimizer)
+        loaded = peftlib.load(fresh, path)
+        # In another order than before, too.
+        again = torch.optim.Adam(list(loaded.parameters())[::-1])
+        loaded.load_optimizer(again, path)
+    stopped = {k: v.clone() for k, v in tuning.state_dict().items()}
+    some_steps(pair, model, optimizer, 2, seed=9)
+    some_steps(pair, fresh, again, 2, seed=9)
+    assert same(loaded.state_dict(), tuning.state_dict())
+    assert not same(stopped, tuning.state_dict())
+    assert same(pair.run(fresh.eval()), pair.run(model.eval()))
+
+
+def some_steps(
+    pair: Pair, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 8
+) -> None:
+    with seeded(seed):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss_of(pair.run(model)).backward()
+            optimizer.step()
+
+
+@invariant
 def the_state_has_only_its_own_keys(pair: Pair) -> None:
     model, tuning = pair.tuned()
     state = tuning.state_dict()

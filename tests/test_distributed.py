@@ -1,4 +1,4 @@
-"""Two processes with sharded parameters compute what one process does, and save the same file."""
+"""Two processes with sharded parameters compute what one does, save the same file and go on from it."""
 
 import subprocess
 import sys
@@ -10,6 +10,7 @@ import torch
 from peftlib.container import read
 
 SCRIPT = """
+import copy
 import sys
 import torch
 import torch.distributed as dist
@@ -36,28 +37,52 @@ rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = nn.Sequential(Block(), Block(), nn.Linear(8, 3)).double()
+fresh = copy.deepcopy(model)
 x, y = torch.randn(4, 5, 8).double(), torch.randn(4, 5, 3).double()
 parts = {"up": LoRA(rank=2), "down": Adapter(dim=3), "attention": PrefixTuning(length=2, hidden=4)}
 tuning = peftlib.attach(model, parts, example=x)
 with torch.no_grad():
     for p in tuning.parameters():
         p.add_(torch.randn_like(p) * 0.3)
+
+
+def shard(model):
+    if world > 1:
+        for block in model[:2]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+
+def two_steps(model, optimizer):
+    mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
+    for _ in range(2):
+        (model(x[mine]) - y[mine]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 if world > 1:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
-    for block in model[:2]:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
-mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
-for _ in range(2):
-    (model(x[mine]) - y[mine]).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-tuning.save(f"{folder}/world{world}.safetensors")
+shard(model)
+optimizer = torch.optim.Adam(tuning.parameters(), lr=0.1)
+two_steps(model, optimizer)
+path = f"{folder}/world{world}.safetensors"
+tuning.save(path, optimizer=optimizer)
 out = model(x).detach()
 if rank == 0:
     torch.save(out, f"{folder}/world{world}.pt")
+# What stopped goes on as what did not.
+loaded = peftlib.load(fresh, path)
+shard(fresh)
+again = torch.optim.Adam(loaded.parameters())
+loaded.load_optimizer(again, path)
+two_steps(model, optimizer)
+two_steps(fresh, again)
+for (name, p), q in zip(tuning.named_parameters(), loaded.parameters(), strict=True):
+    assert type(p) is type(q), name
+    p, q = (t.to_local() if world > 1 else t for t in (p, q))
+    assert torch.equal(p, q), name
 if world > 1:
     dist.destroy_process_group()
 """
