@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from peftlib.kernels import low_rank
+
 # The same examples on every machine and in every run: a failure seen once is seen by everybody.
 settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tests")
@@ -19,6 +21,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def kernels_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are small; what runs for large inputs shall run in them."""
+    monkeypatch.setattr(low_rank, "FEW", 0)
 
 
 @pytest.fixture

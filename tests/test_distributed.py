@@ -38,7 +38,7 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 model = nn.Sequential(Block(), Block(), nn.Linear(8, 3)).double()
 fresh = copy.deepcopy(model)
-x, y = torch.randn(4, 5, 8).double(), torch.randn(4, 5, 3).double()
+x, y = torch.randn(4, 12, 8).double(), torch.randn(4, 12, 3).double()
 parts = {"up": LoRA(rank=2), "down": Adapter(dim=3), "attention": PrefixTuning(length=2, hidden=4)}
 tuning = peftlib.attach(model, parts, example=x)
 with torch.no_grad():

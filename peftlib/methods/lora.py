@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlib.errors import PeftlibError
+from peftlib.kernels.low_rank import add_low_rank, low_rank_linear
 from peftlib.methods.base import (
     Delta,
     Method,
@@ -37,6 +39,10 @@ from peftlib.open_attention import Projection
 if TYPE_CHECKING:
     from peftlib.probe import Probe
     from peftlib.targets import Tree
+
+
+_OPEN_LINEARS = (nn.Linear.forward, Projection.forward)
+"""Forwards known to be ``F.linear(x, self.weight, self.bias)`` and nothing else: there the update needs no base."""
 
 
 class LowRank(Delta):
@@ -150,6 +156,17 @@ class LinearLoRA(LowRank):
             nn.init.zeros_(self.b)
         else:
             super().start(init)
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.rows or self.magnitude is not None:
+            return super().forward(base, *args, **kwargs)
+        x = first_argument(args, kwargs)
+        p = self.p if self.training else 0.0
+        if type(base) is partial and base.func in _OPEN_LINEARS and len(args) == 1:
+            host: Any = self._host[0]
+            return low_rank_linear(x, host.weight, host.bias, self.a, self.b, self.scaling, p)
+        add: Callable[[Tensor], Tensor] = lambda y: add_low_rank(y, x, self.a, self.b, self.scaling, p)  # noqa: E731
+        return map_first(base(*args, **kwargs), add)
 
     def update(self, x: Tensor) -> Tensor:
         s = F.linear(self.drop(x), self.a.to(x.dtype)) * self.scaling

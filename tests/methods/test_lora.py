@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 import peftlib
 from peftlib import LoRA, PeftlibError
+from peftlib.kernels import reference
+from peftlib.kernels.dropout import draw_seed, dropped
 from tests.twin import assert_twins, assert_untouched, classes, randomize, snapshot
 
 D = torch.float64
@@ -587,11 +589,12 @@ def test_dropout_acts_on_the_input_of_the_update_alone(use_dora: bool) -> None:
     x = torch.randn(50, 6, dtype=D)
 
     def naive(p: float) -> Tensor:
-        dropped = F.dropout(x, p) if p else x
         if not use_dora:
-            return twin(x) + dropped @ a.T @ b.T
+            kept = reference.drop(x, dropped(draw_seed(), x.numel(), p, x.device), p) if p else x
+            return twin(x) + kept @ a.T @ b.T
+        kept = F.dropout(x, p) if p else x
         scale = leaves["lora.magnitude.m"] / (twin.weight + b @ a).detach().norm(dim=1)
-        return scale * (x @ twin.weight.T + dropped @ a.T @ b.T) + twin.bias
+        return scale * (x @ twin.weight.T + kept @ a.T @ b.T) + twin.bias
 
     def seeded(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def inner() -> Tensor:
