@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peftlib.methods.ptuning_v2 import PTuningV2
     from peftlib.methods.token_rows import TokenRows
     from peftlib.overview import inspect, summary
+    from peftlib.routing import route
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "load",
     "measure_memory",
     "merged_state_dict",
+    "route",
     "summary",
     "tunings",
     "use",
@@ -58,6 +60,7 @@ __all__ = [
 
 _LATER = {
     "load": "checkpoint",
+    "route": "routing",
     "MemoryReport": "memory",
     "estimate_memory": "memory",
     "measure_memory": "memory",

@@ -17,7 +17,7 @@ from peftlib.methods.new_head import NewHead
 from peftlib.open_attention import Projection
 from peftlib.site import can_open_attention, close_host, open_host, set_active
 from peftlib.targets import Tree, describe, select
-from peftlib.tuning import TUNINGS, Part, Tuning, hold_flags, registry, restore_flags
+from peftlib.tuning import TUNINGS, Part, Tuning, check_no_route, hold_flags, registry, restore_flags
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe
@@ -139,6 +139,7 @@ def install(
     skipped: Mapping[str, str] | None = None,
 ) -> Tuning:
     """Put built parts on the model, or leave it untouched (``attach`` and ``load`` share this)."""
+    check_no_route(model)
     tuning = Tuning(name, model, parts, skipped or {})
     done: list[Part] = []
     first = not registry(model)

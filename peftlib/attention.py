@@ -6,12 +6,11 @@ and rewrites the calls made inside. Head layout, rotary positions, caches and gr
 no model needs code of its own.
 
 Left out on purpose: attention written by hand as ``softmax(q @ kᵀ)`` and flex attention, which no mode sees; nested
-tensors under a prefix; dropping the prefix for some rows of the batch. A site that checkpoints *inside* its own
-forward recomputes outside the scope, which is refused. Checkpoint the site itself, or anything around it, and the
-scope is entered again with it.
+tensors under a prefix. A site that checkpoints *inside* its own forward recomputes outside the scope, which is
+refused. Checkpoint the site itself, or anything around it, and the scope is entered again with it.
 
 Shapes: ``...`` batch axes (any number), B batch, T queries, S keys, P prefix positions, H heads, E head width,
-M model width. ``key_PHE`` has axes P, H and E.
+M model width. ``key_PHE`` has axes P, H and E; ``key_BPHE`` one prefix for each row of the batch.
 """
 
 from __future__ import annotations
@@ -39,12 +38,13 @@ _CLOSED = (
 class PrefixScope(TorchFunctionMode):
     """Put a trained prefix in front of the keys and values of every SDPA call made inside the scope.
 
-    ``out = softmax([q Kₚᵀ, q Kᵀ + mask] · scale) [Vₚ; V]``: the prefix is visible to every query, whatever the mask,
-    and shared by the whole batch. Scopes nest: the outermost scope's prefix comes first.
+    ``out = softmax([q Kₚᵀ, q Kᵀ + mask] · scale) [Vₚ; V]``: the prefix is visible to every query, whatever the mask.
+    It is shared by the whole batch, or each row has its own. Scopes nest: the outermost scope's prefix comes first.
 
     Args:
-        key: (P, H, E), the prefix keys of H key heads; P may be 0.
-        value: (P, H, Eᵥ), the prefix values.
+        key: (P, H, E), the prefix keys of H key heads; P may be 0. With B in front: a prefix for each row.
+        value: (P, H, Eᵥ), the prefix values, or (B, P, H, Eᵥ).
+        visible: (B, P), which positions of its prefix a row sees; ``None`` is all.
 
     The call's key is (..., H, S, E), or (B, S, E) of one head beside a three-dimensional query. It may have n·H heads
     (a model that repeats each key head n times in a row), and so gets each prefix head n times in a row; or H/n, and
@@ -62,15 +62,16 @@ class PrefixScope(TorchFunctionMode):
     Paper: Li and Liang, Prefix-Tuning, https://arxiv.org/abs/2101.00190
     """
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
+    def __init__(self, key: Tensor, value: Tensor, visible: Tensor | None = None) -> None:
         super().__init__()
-        if key.dim() != 3 or value.dim() != 3 or key.shape[:2] != value.shape[:2]:
+        if not 3 <= key.dim() == value.dim() <= 4 or key.shape[:-1] != value.shape[:-1]:
             raise PeftlibError(
                 f"A prefix of key {tuple(key.shape)} and value {tuple(value.shape)} was given; expected (P, H, E) "
                 "and (P, H, Eᵥ) with the same P and H."
             )
-        self.key_PHE = key
-        self.value_PHE = value
+        self.key = key
+        self.value = value
+        self.visible_BP = visible
         self.trains = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
         self.met = False
         """Whether an attention call has been made inside."""
@@ -84,7 +85,7 @@ class PrefixScope(TorchFunctionMode):
             return self._attend(func, *args, **kwargs)
         if func is attention_with_weights:
             out, weights = self._attend(func, *args, **kwargs)
-            return out, weights[..., self.key_PHE.shape[0] :]
+            return out, weights[..., self.key.shape[-3] :]
         if func in _CLOSED:
             raise PeftlibError(
                 "A prefix was put around a module that runs a closed nn.MultiheadAttention, whose SDPA call cannot be "
@@ -118,37 +119,76 @@ class PrefixScope(TorchFunctionMode):
             )
         self.met = True
         gqa = options.get("enable_gqa", False)
-        n_real, n_prefix = key.shape[-2], self.key_PHE.shape[0]
-        key = _prepend("key", self.key_PHE, key, query, gqa)
-        value = _prepend("value", self.value_PHE, value, query, gqa)
-        attn_mask = _widen_mask(attn_mask, is_causal, query, key, value, n_real, n_prefix)
+        n_real, n_prefix = key.shape[-2], self.key.shape[-3]
+        key = _prepend("key", self.key, key, query, gqa)
+        value = _prepend("value", self.value, value, query, gqa)
+        if self.visible_BP is None:
+            attn_mask = _widen_mask(attn_mask, is_causal, query, key, value, n_real, n_prefix)
+        else:
+            attn_mask = _mask_rows(attn_mask, is_causal, self.visible_BP, query, n_real)
         return func(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **options)
 
 
-def _prepend(what: str, prefix_PHE: Tensor, real: Tensor, query: Tensor, gqa: bool) -> Tensor:
-    """Cat the prefix in front of ``real`` (..., H, S, E) along S; cat is the only copy made of the batch."""
+def _prepend(what: str, prefix: Tensor, real: Tensor, query: Tensor, gqa: bool) -> Tensor:
+    """Cat a prefix, (P, H, E) or (B, P, H, E), in front of ``real`` (..., H, S, E) along S: the only copy made."""
     if real.is_nested:
         raise PeftlibError(
             f"SDPA got a nested {what}; a prefix needs a padded one with a mask. Pad before attention."
         )
-    n_own = prefix_PHE.shape[1]
+    n_own = prefix.shape[-2]
     has_heads = query.dim() > 3 and real.dim() > 2
     n_real = real.shape[-3] if has_heads else 1
     n_query = query.shape[-3] if query.dim() > 3 else 1
-    fits = n_own > 0 and prefix_PHE.shape[2] == real.shape[-1]
+    fits = n_own > 0 and prefix.shape[-1] == real.shape[-1]
     if fits and n_real % n_own == 0:
-        prefix_PHE = prefix_PHE.repeat_interleave(n_real // n_own, dim=1)
+        prefix = prefix.repeat_interleave(n_real // n_own, dim=-2)
     elif fits and has_heads and n_own % n_real == 0 and (n_query % n_own == 0 if gqa else n_query == n_own):
         real = real.repeat_interleave(n_own // n_real, dim=-3)
     else:
         raise PeftlibError(
             f"SDPA got a {what} of shape {tuple(real.shape)} ({n_real} heads of width {real.shape[-1]}) for a query of "
             f"shape {tuple(query.shape)}; expected {n_own} heads, a multiple or a divisor of them, of width "
-            f"{prefix_PHE.shape[2]}, as the prefix has. Build the prefix from an example of this very call."
+            f"{prefix.shape[-1]}, as the prefix has. Build the prefix from an example of this very call."
         )
-    prefix = rearrange(prefix_PHE, "p h e -> h p e") if has_heads else prefix_PHE[:, 0]
+    if prefix.dim() == 4:
+        real = _of_rows(what, len(prefix), real, query)
+    prefix = rearrange(prefix, "... p h e -> ... h p e") if has_heads else prefix[..., 0, :]
     lead = real.shape[:-2]
     return torch.cat([prefix.to(real).expand(*lead, -1, -1), real], dim=-2)
+
+
+def _of_rows(what: str, n_rows: int, real: Tensor, query: Tensor) -> Tensor:
+    """A key or value with the batch's rows on its first axis, where each row has a prefix of its own."""
+    expected = 4 if query.dim() > 3 else 3
+    if (
+        query.dim() > 4
+        or real.dim() != expected
+        or query.shape[0] != n_rows
+        or real.shape[0] not in (1, n_rows)
+    ):
+        raise PeftlibError(
+            f"SDPA got a query of shape {tuple(query.shape)} and a {what} of shape {tuple(real.shape)}, and each of "
+            f"{n_rows} rows of the batch has a prefix of its own; expected the rows on the first axis of both: "
+            "(B, H, T, E)."
+        )
+    return real.expand(n_rows, *real.shape[1:])
+
+
+def _mask_rows(
+    mask: Tensor | None, is_causal: bool, visible_BP: Tensor, query: Tensor, n_real: int
+) -> Tensor:
+    """The mask over the real keys, with columns on its left that each row sees or not."""
+    n_query = query.shape[-2]
+    diagonal = 0 if is_causal else None if mask is None else _diagonal(mask)
+    if diagonal is not None:
+        mask = torch.ones(n_query, n_real, dtype=torch.bool, device=query.device).tril(diagonal)
+    elif mask is None:
+        mask = torch.ones(1, n_real, dtype=torch.bool, device=query.device)
+    left = visible_BP.view(len(visible_BP), *[1] * (query.dim() - 2), visible_BP.shape[1])
+    if mask.dtype != torch.bool:
+        left = torch.zeros_like(left, dtype=mask.dtype).masked_fill(~left, -math.inf)
+    lead = torch.broadcast_shapes(mask.shape[:-1], left.shape[:-1])
+    return torch.cat([left.expand(*lead, -1), mask.expand(*lead, n_real)], dim=-1)
 
 
 def _widen_mask(

@@ -14,7 +14,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from peftlib.errors import ProbeError
 from peftlib.methods.base import CHILD, Site, first_tensor
 from peftlib.methods.calls import tensors_of
 from peftlib.methods.linear import linear_shape
-from peftlib.site import can_open_attention, close_host, is_open, open_host
+from peftlib.site import can_open_attention, close_host, deltas, is_open, open_host
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Trace:
         output: shape of its first output tensor in the first call, or ``None``.
         is_floating: whether that input was floating point (an embedding's is not).
         inputs: shape of the first tensor argument of every call.
+        outputs: shape of the first output tensor of every call.
         call: positional and keyword arguments of the first call.
     """
 
@@ -49,6 +50,7 @@ class Trace:
     output: tuple[int, ...] | None = None
     is_floating: bool = True
     inputs: list[tuple[int, ...] | None] = field(default_factory=list)
+    outputs: list[tuple[int, ...] | None] = field(default_factory=list)
     call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
 
@@ -63,6 +65,7 @@ class Attention:
         width: query heads times features per head.
         calls: SDPA calls in the example.
         mixed: whether calls differ in the size of a head, so that no one prefix fits them.
+        queries: shape of the query of every call.
     """
 
     heads: int
@@ -71,6 +74,7 @@ class Attention:
     width: int
     calls: int = 1
     mixed: bool = False
+    queries: list[tuple[int, ...]] = field(default_factory=list, compare=False)
 
 
 @dataclass
@@ -210,13 +214,22 @@ def _is_container(value: Any) -> bool:
     return isinstance(value, (list, tuple, dict))
 
 
-def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+class Call(NamedTuple):
+    """The arguments of one forward; an example that has both kinds."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def as_call(example: Any) -> Call:
     """``example`` as positional and keyword arguments."""
+    if isinstance(example, Call):
+        return example
     if isinstance(example, Mapping):
-        return (), dict(example)
+        return Call((), dict(example))
     if isinstance(example, (tuple, list)):
-        return tuple(example), {}
-    return (example,), {}
+        return Call(tuple(example), {})
+    return Call((example,), {})
 
 
 def _cloned(tensor: Tensor) -> Tensor:
@@ -227,7 +240,13 @@ def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.
     """A deep copy whose parameters and buffers are replaced by ``tensor(original)``."""
     memo: dict[int, Any] = {}
     keep = []  # the originals' ids must not be reused while the memo lives
-    for module in model.modules():
+    modules = []
+    for module in _awake(model, set()):
+        modules.append(module)
+        for delta in _idle(module):
+            # Does not run, so it may be the original: the copy costs the same however many tunings there are.
+            memo[id(delta)] = delta
+    for module in modules:
         for own in (*module._parameters.values(), *module._buffers.values()):
             if own is None or id(own) in memo:
                 continue
@@ -242,7 +261,7 @@ def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.
                 if isinstance(item, Tensor) and id(item) not in memo:
                     keep.append(item)
                     memo[id(item)] = tensor(item.detach())
-    for module in model.modules():
+    for module in modules:
         for key, value in module.__dict__.items():
             if key not in ("_modules", "_parameters", "_buffers") and id(value) not in memo:
                 if not isinstance(value, _PLAIN):
@@ -263,6 +282,25 @@ def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.
             "several processes; "
             "else give it a working __deepcopy__, or leave example= out and name the targets."
         ) from error
+
+
+def _idle(host: nn.Module) -> list[nn.Module]:
+    """The deltas at an open host that are switched off."""
+    if not is_open(host):
+        return []
+    chains = (host.__dict__["_peft_active"], *host.__dict__["_peft_weights"].values())
+    running = {id(delta) for chain in chains for delta in chain}
+    return [d for d in deltas(host).children() if not d.passive and id(d) not in running]
+
+
+def _awake(module: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
+    """All modules inside but the idle deltas."""
+    seen.add(id(module))
+    yield module
+    seen.update(id(delta) for delta in _idle(module))
+    for child in module._modules.values():
+        if child is not None and id(child) not in seen:
+            yield from _awake(child, seen)
 
 
 _PLAIN = (
@@ -322,6 +360,7 @@ def _observe(
                 stack.pop()
             result = first_tensor(output)
             trace = record.traces[name]
+            trace.outputs.append(None if result is None else tuple(result.shape))
             if result is not None and trace.output is None:
                 trace.output = tuple(result.shape)
             if leaf:
@@ -440,6 +479,7 @@ class _Watch(TorchFunctionMode):
                 known.heads = min(known.heads, heads)
             else:
                 known.mixed = True
+        self._record.attention[name].queries.append(tuple(query.shape))
 
 
 def _why(model: nn.Module, error: Exception) -> str:

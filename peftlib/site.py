@@ -134,6 +134,11 @@ def set_active(host: nn.Module, delta: Delta, parameter: str | None, on: bool) -
         host.__dict__["_peft_weights"] = weights
 
 
+def set_chain(host: nn.Module, chain: tuple[Any, ...]) -> None:
+    """Let the host's forward run these in place of what it ran."""
+    host.__dict__["_peft_active"] = chain
+
+
 def can_open_attention(module: nn.Module) -> bool:
     """Whether the module's forward is nn.MultiheadAttention's own, which an open one replaces."""
     return (
@@ -149,7 +154,7 @@ def _with(chain: tuple[Delta, ...], delta: Delta) -> tuple[Delta, ...]:
 
 
 def _forget(host: nn.Module) -> None:
-    for name in ("_peft_open", "_peft_active", "_peft_weights", "_peft_ran"):
+    for name in ("_peft_open", "_peft_active", "_peft_weights", "_peft_ran", "_peft_batch"):
         host.__dict__.pop(name, None)
 
 

@@ -23,6 +23,8 @@ from peftlib.site import check_closable, close_host, deltas, set_active
 
 TUNINGS = "_peft_tunings"
 FLAGS = "_peft_flags"
+ROUTE = "_peft_route"
+"""Attribute of a model within ``route``, whose chains nothing else may change."""
 
 
 @dataclass
@@ -195,6 +197,7 @@ class Tuning:
     def enable(self) -> Tuning:
         """Let the tuning act."""
         self._check()
+        check_no_route(self.model)
         if not self.enabled and not self.merged:
             self._check_switch(True)
             self._switch(True)
@@ -204,6 +207,7 @@ class Tuning:
     def disable(self) -> Tuning:
         """Keep the tuning attached without any effect: the model computes exactly what its base does."""
         self._check()
+        check_no_route(self.model)
         if self.merged:
             raise StateError(
                 f"The tuning {self.name!r} is merged into the weights; unmerge() it before disabling."
@@ -274,6 +278,7 @@ class Tuning:
             (False, True)
         """
         self._check()
+        check_no_route(self.model)
         if self.merged:
             return self
         if not self.enabled:
@@ -298,6 +303,7 @@ class Tuning:
             PeftlibError: nothing in the tuning is reparametrized.
         """
         self._check()
+        check_no_route(self.model)
         done = [part.delta.fold() for part in self.parts]
         if not any(done):
             raise PeftlibError(f"The tuning {self.name!r} has no reparametrization to fold.")
@@ -312,6 +318,7 @@ class Tuning:
     def detach(self) -> None:
         """Remove the tuning; with the last one gone the model is what it was, bit for bit."""
         self._check()
+        check_no_route(self.model)
         self._check_switch(False)
         for part in self.parts:
             for host in (part.host, *part.opened):
@@ -355,6 +362,14 @@ def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: st
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise CheckpointError(f"The state does not fit {what}. {shown}. Attach the method it was saved from.")
+
+
+def check_no_route(model: nn.Module) -> None:
+    """Raise where the model is within a ``route`` context."""
+    if ROUTE in model.__dict__:
+        raise StateError(
+            "The model is within peftlib.route(...), which decides what runs. Leave that context first."
+        )
 
 
 def registry(model: nn.Module) -> dict[str, Tuning]:

@@ -6,7 +6,7 @@ Shape legend: W feature width of the output, I of the input, M bottleneck.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from peftlib.methods.base import (
 )
 from peftlib.methods.linear import CONVOLUTIONS, input_width, leaves, linear_shape, output_width
 from peftlib.methods.lora import linear_sites
+from peftlib.methods.rowwise import Rows, rowwise
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe
@@ -74,6 +75,14 @@ class Bottleneck(Delta):
             aside = self._bottleneck(first_argument(args, kwargs))
             return map_first(base(*args, **kwargs), lambda f: self._beside(f, aside))
         return map_first(base(*args, **kwargs), lambda f: f + self._bottleneck(f))
+
+    def alike(self) -> Hashable:
+        setting = (self.activation, self.parallel, self.scale, self.axis, self.norm is None)
+        return type(self), setting, self.down.shape, self.up.shape, self.down.dtype
+
+    @classmethod
+    def routed(cls, rows: Rows, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return rowwise(rows, base, args, kwargs)
 
     def _bottleneck(self, h: Tensor) -> Tensor:
         if h.is_nested:

@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from peftlib.errors import PeftlibError
 
 if TYPE_CHECKING:
+    from peftlib.methods.rowwise import Rows
     from peftlib.probe import Probe
     from peftlib.targets import Tree
 
@@ -61,6 +62,8 @@ class Site:
 class Delta(nn.Module):
     """What a method adds at one site; ``forward(base, *args, **kwargs)`` stands in for the host's forward."""
 
+    everywhere: ClassVar[bool] = False
+    """True where all rows of a batch must have such a delta if one has."""
     passive: ClassVar[bool] = False
     """True where there is nothing to run: the delta only holds tensors (shared parts, kept base values)."""
 
@@ -123,6 +126,22 @@ class Delta(nn.Module):
     def fold(self) -> bool:
         """Replace a reparametrization by the values it produces; True if there was one."""
         return False
+
+    def alike(self) -> Hashable:
+        """What deltas of several tunings must share to run as one, each for its own rows of a batch.
+
+        Raises where single rows cannot take the delta.
+        """
+        raise PeftlibError("it changes what all rows of a batch share")
+
+    def for_rows(self, rows: Rows) -> Any:
+        """What stands in a host's chain for the deltas of ``rows``, of which this is the first."""
+        return rows
+
+    @classmethod
+    def routed(cls, rows: Rows, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """:meth:`forward` for a batch whose rows take different deltas, which are alike."""
+        raise AssertionError(f"{cls.__name__} runs for whole batches")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

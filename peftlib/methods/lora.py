@@ -9,7 +9,7 @@ Shape legend: R rank, I in features, O out features, G convolution groups, V voc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from peftlib.methods.base import (
 )
 from peftlib.methods.dora import Magnitude
 from peftlib.methods.linear import CONVOLUTIONS, is_transposed, linear_shape
+from peftlib.methods.rowwise import Rows, rowwise
 from peftlib.open_attention import Projection
 
 if TYPE_CHECKING:
@@ -108,6 +109,15 @@ class LowRank(Delta):
         """``W + s B A`` in new memory, W in float32 or wider."""
         return weight + self.delta_weight()
 
+    def alike(self) -> Hashable:
+        magnitude = None if self.magnitude is None else self.magnitude.m.dtype
+        sizes = tuple((p.shape, p.dtype) for p in (self.a, self.b))
+        return type(self), self.scaling, self.p, self.training, magnitude, sizes
+
+    @classmethod
+    def routed(cls, rows: Rows, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return rowwise(rows, base, args, kwargs)
+
     def merged(self) -> Any:
         host = self._host[0]
         owner, name, rows = host.owner() if isinstance(host, Projection) else (host, "weight", None)
@@ -172,6 +182,38 @@ class LinearLoRA(LowRank):
         s = F.linear(self.drop(x), self.a.to(x.dtype)) * self.scaling
         b = self.b.to(x.dtype)
         return F.linear(s, b) if not self.rows else self._spread(s, b, lambda s, b: F.linear(s, b), -1)
+
+    def alike(self) -> Hashable:
+        if self.rows or self.magnitude is not None:
+            return super().alike(), self.rows
+        # Ranks and scales may differ: see routed.
+        return type(self), self.p, self.training, self.a.dtype
+
+    @classmethod
+    def routed(cls, rows: Rows, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``y_B += (x_B A_Bᵀ) B_Bᵀ`` with the matrices of each row, padded to the largest rank."""
+        deltas: Any = rows.deltas
+        first = deltas[0]
+        if first.rows or first.magnitude is not None:
+            return rowwise(rows, base, args, kwargs)
+        x = first_argument(args, kwargs)
+        at = rows.axis(x)
+        a_BRI = rows.stacked("a", lambda d: d.a)
+        b_BRO = rows.stacked("b", lambda d: d.b.T)
+        scale = rows.scalars("scaling", x.dtype, x.device)
+        output = base(*args, **kwargs)
+
+        def add(y: Tensor) -> Tensor:
+            dropped = first.drop(x)
+            x_BNI = dropped.movedim(at, 0).reshape(len(rows), -1, x.shape[-1])
+            s_BNR = torch.bmm(x_BNI, a_BRI.to(x.dtype).mT) * scale
+            y_B = y.movedim(at, 0)
+            y_BNO = y_B.reshape(len(rows), -1, y.shape[-1])
+            # The sum in the output's dtype, as without routing: a factor's dtype (dtype=) never becomes the model's.
+            new_BNO = torch.baddbmm(y_BNO, s_BNR.to(y.dtype), b_BRO.to(y.dtype))
+            return new_BNO.view(y_B.shape).movedim(0, at)
+
+        return map_first(output, add)
 
     def _spread(self, s: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor], axis: int) -> Tensor:
         """Each slice's product at its own output features, zeros between them."""
@@ -276,6 +318,11 @@ class ParameterLoRA(Delta):
         self.b = nn.Parameter(torch.zeros(*stack, out, method.rank, **where))
         if self.a.device.type != "meta":
             LowRank.start(self, method.init)  # type: ignore[arg-type]
+
+    def alike(self) -> Hashable:
+        raise PeftlibError(
+            "it changes a weight itself, which all rows of a batch share; target the module instead"
+        )
 
     def effective(self, value: Tensor) -> Tensor:
         return value + self.scaling * (self.b @ self.a).view_as(value).to(value.dtype)

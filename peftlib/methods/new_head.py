@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from peftlib.errors import PeftlibError, TargetError
 from peftlib.methods.base import Delta, Method, Site, check_positive_int, first_argument, placement
 from peftlib.methods.linear import linear_shape
+from peftlib.methods.rowwise import Rows
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 class Head(Delta):
     """``F.linear(x, weight, bias)`` instead of the host's forward."""
+
+    everywhere: ClassVar[bool] = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool, **where: Any):
         super().__init__()
@@ -36,6 +39,20 @@ class Head(Delta):
         x = first_argument(args, kwargs)
         weight = self.weight.to(x.dtype)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def alike(self) -> Hashable:
+        return type(self), self.weight.shape, self.weight.dtype, self.bias is None
+
+    @classmethod
+    def routed(cls, rows: Rows, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        x = first_argument(args, kwargs)
+        first: Any = rows.deltas[0]
+        at = rows.axis(x)
+        x_BNI = x.movedim(at, 0).reshape(len(rows), -1, x.shape[-1])
+        y_BNO = torch.bmm(x_BNI, rows.stacked("weight", lambda d: d.weight.T).to(x.dtype))
+        if first.bias is not None:
+            y_BNO = y_BNO + rows.stacked("bias", lambda d: d.bias).to(x.dtype).unsqueeze(1)
+        return y_BNO.view(*x.movedim(at, 0).shape[:-1], -1).movedim(0, at)
 
     def merged(self) -> Any:
         raise PeftlibError(

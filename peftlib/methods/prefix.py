@@ -7,7 +7,7 @@ Shape legend: P prefix length, H key/value heads, E key size, V value size per h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ from peftlib.attention import PrefixScope
 from peftlib.errors import PeftlibError, ProbeError, TargetError
 from peftlib.methods.base import Delta, Method, Site, check_positive_int, check_probability, placement
 from peftlib.methods.rows import FrozenCache
+from peftlib.methods.rowwise import Rows
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe
@@ -50,6 +51,9 @@ class Shared(Delta):
     def __init__(self, module: SharedPrefix):
         super().__init__()
         self.mlp = module
+
+    def alike(self) -> Hashable:
+        return type(self).__name__
 
 
 class Prefix(Delta):
@@ -111,11 +115,54 @@ class Prefix(Delta):
             key, value = key + self.start_key, value + self.start_value
         return key, value
 
+    def alike(self) -> Hashable:
+        return type(self), self.shape, self.p, self.training
+
+    @classmethod
+    def routed(cls, rows: Rows, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One prefix a row; the shorter ones are filled up with columns that nothing sees."""
+        deltas: Any = rows.deltas
+        lengths = [d.length for d in deltas]
+        longest = max(lengths)
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def pair(delta: Any) -> tuple[Tensor, Tensor]:
+            if id(delta) not in pairs:
+                pairs[id(delta)] = delta.key_value()
+            return pairs[id(delta)]
+
+        def sources(delta: Any) -> list[Tensor]:
+            shared = (p for mlp in delta._shared for p in mlp.parameters())
+            return [*delta.parameters(), *delta.buffers(), *shared]
+
+        key_BPHE = rows.stacked("key", lambda d: pair(d)[0], sources)
+        value_BPHV = rows.stacked("value", lambda d: pair(d)[1], sources)
+        visible_BP = None
+        if rows.partial or min(lengths) < longest:
+            own_B = rows.constant([[*lengths, 0][i] for i in rows.which], key_BPHE.device)
+            visible_BP = torch.arange(longest, device=own_B.device) < own_B[:, None]
+        if not rows.known().keys:
+            raise PeftlibError(
+                f"The attention in {rows.name or 'the root'!r} has the rows of the batch not on the first axis of its "
+                "queries, (B, H, T, E), so that they cannot have a prefix each."
+            )
+        return deltas[0]._run(key_BPHE, value_BPHV, visible_BP, base, args, kwargs)
+
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        key, value = self.key_value()
+        return self._run(*self.key_value(), None, base, args, kwargs)
+
+    def _run(
+        self,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor | None,
+        base: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
         if self.p and self.training:
             key, value = F.dropout(key, self.p), F.dropout(value, self.p)
-        scope = PrefixScope(key, value)
+        scope = PrefixScope(key, value, visible)
         with scope:
             output = base(*args, **kwargs)
         if not scope.met:

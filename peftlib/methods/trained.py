@@ -9,7 +9,7 @@ what ``disabled()``, ``detach()`` and a saved tuning stand for. Only a tuning th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -72,6 +72,9 @@ class Trained(Delta):
     """
 
     passive: ClassVar[bool] = True
+
+    def alike(self) -> Hashable:
+        raise PeftlibError("it exchanges values of the base, which all rows of a batch share")
 
     def __init__(
         self,

@@ -11,9 +11,10 @@ Shape legend: P prompt length, D embedding width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from peftlib.methods.arguments import Layout
 from peftlib.methods.base import Delta, first_argument
 from peftlib.methods.calls import argument_names, back, by_name
 from peftlib.methods.outputs import shorten
+from peftlib.methods.rowwise import Rows
 from peftlib.methods.sequence import Longer, lengthen
 
 _LAST = 1 << 30
@@ -82,8 +84,21 @@ class Room:
     written: int = 0
 
 
+class RowPrompts(nn.Module):
+    """(B, P, D): the rows of a prompt for each row of a batch."""
+
+    def __init__(self, rows: Rows):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self) -> Tensor:
+        return self.rows.stacked("prompt", lambda d: d.prompt(), lambda d: list(d.prompt.parameters()))
+
+
 class Prepend(Delta):
     """At the module that takes the sequence: P more positions in front, taken off the outputs again."""
+
+    everywhere: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -102,6 +117,15 @@ class Prepend(Delta):
 
     def extra_repr(self) -> str:
         return f"length={self.length}, at {self.entry.layout.main!r}"
+
+    def alike(self) -> Hashable:
+        return type(self), self.length, repr(self.entry)
+
+    def for_rows(self, rows: Rows) -> Prepend:
+        twin = copy.copy(self)
+        twin.__dict__["_modules"] = {"prompt": RowPrompts(rows)}
+        rows.shared[id(self)] = twin
+        return twin
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output, longer = self.run(self.entry, base, args, kwargs)
@@ -169,10 +193,20 @@ class Relay(Delta):
     given that output in place of ids, lengthens the masks over it.
     """
 
+    everywhere: ClassVar[bool] = True
+
     def __init__(self, anchor: Prepend, host: nn.Module, facts: Mapping[str, Any]):
         super().__init__()
         self._anchor = (anchor,)
         self.entry = Entry.of(host, facts)
+
+    def alike(self) -> Hashable:
+        return type(self), repr(self.entry)
+
+    def for_rows(self, rows: Rows) -> Relay:
+        twin = copy.copy(self)
+        twin._anchor = (rows.shared[id(self._anchor[0])],)
+        return twin
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         anchor = self._anchor[0]
@@ -199,6 +233,8 @@ class AtEmbedding(Delta):
 class Overwrite(AtEmbedding):
     """At the embedding: the trained rows in the placeholder positions of the lengthened ids."""
 
+    everywhere: ClassVar[bool] = True
+
     def __init__(self, anchor: Prepend):
         super().__init__()
         self._anchor = (anchor,)
@@ -206,6 +242,12 @@ class Overwrite(AtEmbedding):
     @property
     def anchor(self) -> Prepend:
         return self._anchor[0]
+
+    def alike(self) -> Hashable:
+        return type(self), self.anchor.alike()
+
+    def for_rows(self, rows: Rows) -> Overwrite:
+        return Overwrite(rows.shared[id(self.anchor)])
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         room, length = self.anchor.room, self.anchor.length
@@ -255,12 +297,19 @@ def resting(part: nn.Module) -> Iterator[None]:
             anchor.room = None
 
 
-def _spread(rows_PD: Tensor, like: Tensor, axis: int) -> Tensor:
-    """The rows along one axis of vectors shaped like others."""
+def _spread(rows: Tensor, like: Tensor, axis: int) -> Tensor:
+    """A prompt's rows, (P, D) or (B, P, D), along one axis of vectors shaped like others."""
     axis %= like.dim()
-    sizes = [rows_PD.shape[0] if i == axis else n for i, n in enumerate(like.shape)]
+    sizes = [rows.shape[-2] if i == axis else n for i, n in enumerate(like.shape)]
+    if rows.dim() == 3:
+        if like.dim() != 3 or like.shape[1 - axis] != len(rows):
+            raise PeftlibError(
+                f"{len(rows)} rows of a batch have a prompt of their own, and the vectors it goes before have the "
+                f"shape {tuple(like.shape)}; expected (B, T, D) or (T, B, D) with B = {len(rows)}."
+            )
+        return rows.to(like.dtype).movedim(0, 1 - axis)
     view = [n if i in (axis, like.dim() - 1) else 1 for i, n in enumerate(sizes)]
-    return rows_PD.to(like.dtype).reshape(view).expand(sizes)
+    return rows.to(like.dtype).reshape(view).expand(sizes)
 
 
 class Placeholder(AtEmbedding):
@@ -273,9 +322,36 @@ class Placeholder(AtEmbedding):
     def extra_repr(self) -> str:
         return f"length={self.length}, placeholder_id={self.placeholder_id}"
 
+    def alike(self) -> Hashable:
+        return type(self), self.length, self.placeholder_id
+
+    @classmethod
+    def routed(cls, rows: Rows, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        first: Any = rows.deltas[0]
+        ids = first_argument(args, kwargs)
+        if ids.dim() != 2 or rows.axis(ids) != 0:
+            raise PeftlibError(
+                f"The embedding sees ids of shape {tuple(ids.shape)}, and each row of the batch has a prompt of its "
+                "own; expected (B, T)."
+            )
+        present_B = rows.present(ids.device) if rows.partial else None
+        return first._run(RowPrompts(rows)(), present_B, base, args, kwargs)
+
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._run(self.prompt(), None, base, args, kwargs)
+
+    def _run(
+        self,
+        rows: Tensor,
+        present_B: Tensor | None,
+        base: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
         ids = first_argument(args, kwargs)
         there = ids == self.placeholder_id
+        if present_B is not None:
+            there = there & present_B[:, None]
         if not (torch.compiler.is_compiling() or ids.is_meta or isinstance(ids, FakeTensor)):
             counts = there.sum(-1)
             wrong = (counts != 0) & (counts != self.length)
@@ -290,9 +366,12 @@ class Placeholder(AtEmbedding):
         args = tuple(safe if a is ids else a for a in args)
         kwargs = {k: safe if v is ids else v for k, v in kwargs.items()}
         out = base(*args, **kwargs)
-        rows_PD = self.prompt().to(out.dtype)
         which = (there.cumsum(-1) - 1).clamp(0, self.length - 1)
-        return torch.where(there.unsqueeze(-1), rows_PD[which], out)
+        if rows.dim() == 3:
+            vectors = rows[torch.arange(len(rows), device=rows.device)[:, None], which]
+        else:
+            vectors = rows[which]
+        return torch.where(there.unsqueeze(-1), vectors.to(out.dtype), out)
 
     def merged(self) -> Any:
         raise _unmergeable()

@@ -1,0 +1,214 @@
+"""Several tunings in one batch, at one site: deltas of a kind run together, each for its own rows.
+
+A group of like deltas (same class, same settings) stands in for them in the host's chain. Their tensors are laid out by
+row, (B, ...), so that one batched product serves all; there is no loop over tunings. Rows of the base get zeros, or
+keep what they had.
+
+Left out on purpose: which tunings and rows there are (``routing``), and along which axis rows lie (``batch_axes``).
+
+Shape legend: B rows, U different deltas, N sizes of one delta's tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.rnn import pad_sequence
+
+from peftlib.errors import PeftlibError
+from peftlib.methods.base import Delta, first_argument, map_first
+
+AXES = "_peft_batch"
+"""Attribute of an open host: along which axes of its tensors the rows of a batch lie, by the root's batch axis."""
+
+
+@dataclass
+class Axes:
+    """Where a module has the rows of a batch.
+
+    Attributes:
+        input: number of axes of its first input -> the axis of the rows.
+        output: the same of its first output.
+        keys: whether its attention has them on the first axis of queries and keys.
+    """
+
+    input: dict[int, int] = field(default_factory=dict)
+    output: dict[int, int] = field(default_factory=dict)
+    keys: bool = False
+
+
+class Rows:
+    """Which of several like deltas each row of a batch takes; it runs in their stead.
+
+    Args:
+        host: the open module that they are at.
+        name: its name, for errors.
+        deltas: each once.
+        which: for each row its delta's index, or ``None``.
+        batch_dim: the root's batch axis.
+        shared: what the groups of one batch have in common, by the deltas they stand for.
+    """
+
+    order = 0
+
+    def __init__(
+        self,
+        host: nn.Module,
+        name: str,
+        deltas: Sequence[Delta],
+        which: Sequence[int | None],
+        batch_dim: int,
+        shared: dict[int, Any],
+    ):
+        self._host = (host,)
+        self.name, self.deltas, self.batch_dim, self.shared = name, tuple(deltas), batch_dim, shared
+        self.which = tuple(len(self.deltas) if i is None else i for i in which)
+        self.partial = any(i is None for i in which)
+        self._kept: dict[str, tuple[Any, Tensor]] = {}
+        self._constants: dict[Any, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.deltas[0].routed(self, base, *args, **kwargs)
+
+    def known(self) -> Axes:
+        """Where this host has its rows; raises if that has not been learned."""
+        found: Axes | None = self._host[0].__dict__.get(AXES, {}).get(self.batch_dim)
+        if found is None:
+            raise PeftlibError(
+                f"{self.name or 'the root'!r} ran before the batch's way through the model was known: a part of the "
+                "model was called by itself, or it was compiled first. Call the model once as it is, or pass "
+                "route(..., example=)."
+            )
+        return found
+
+    def axis(self, tensor: Tensor, side: str = "input") -> int:
+        """The axis of a tensor's rows; raises where it is not known, or its size is not the number of names."""
+        axis: int | None = getattr(self.known(), side).get(tensor.dim())
+        if axis is None:
+            raise PeftlibError(
+                f"{self.name or 'the root'!r} has an {side} of shape {tuple(tensor.shape)}, and the example had none "
+                f"of {tensor.dim()} axes, so its rows are not known. Pass route(..., example=) of such a call."
+            )
+        if tensor.is_nested:
+            raise PeftlibError(
+                f"{self.name!r} got a nested tensor, whose rows have no common size. Make the encoder with "
+                "enable_nested_tensor=False."
+            )
+        if tensor.shape[axis] != len(self):
+            raise PeftlibError(
+                f"route has {len(self)} names, and {self.name or 'the root'!r} has {tensor.shape[axis]} rows on axis "
+                f"{axis} of its {side} {tuple(tensor.shape)}. Give one name for each row of the batch."
+            )
+        return axis
+
+    def stacked(
+        self,
+        what: str,
+        read: Callable[[Any], Tensor],
+        sources: Callable[[Any], Sequence[Tensor]] | None = None,
+    ) -> Tensor:
+        """(B, N): each row's own tensor, zeros where it has none.
+
+        Without gradients the result is kept for the next call, until a source changes.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._kept.clear()
+            return self._stack(read)
+        of = [t for d in self.deltas for t in (d.parameters() if sources is None else sources(d))]
+        if any(t.is_inference() for t in of):
+            return self._stack(read)
+        key = (of[0].dtype, of[0].device, [t._version for t in of])
+        kept = self._kept.get(what)
+        if kept is None or kept[0] != key:
+            kept = self._kept[what] = (key, self._stack(read))
+        return kept[1]
+
+    def scalars(self, what: str, dtype: torch.dtype, device: torch.device) -> Any:
+        """A number of each delta: one for all rows, or (B, 1, 1)."""
+        numbers = [getattr(d, what) for d in self.deltas]
+        if len(set(numbers)) == 1:
+            return numbers[0]
+        own = [[*numbers, 0.0][i] for i in self.which]
+        return self.constant(own, device).to(dtype).view(-1, 1, 1)
+
+    def _stack(self, read: Callable[[Any], Tensor]) -> Tensor:
+        tensors_UN = [read(d) for d in self.deltas]
+        if self.partial:
+            tensors_UN.append(torch.zeros_like(tensors_UN[0]))
+        if len(tensors_UN) == 1:
+            return tensors_UN[0].unsqueeze(0).expand(len(self), *tensors_UN[0].shape)
+        if len({t.shape for t in tensors_UN}) == 1:
+            stacked_UN = torch.stack(tensors_UN)
+        else:
+            # Of different rank or length: zeros behind the shorter ones.
+            stacked_UN = pad_sequence(tensors_UN, batch_first=True)
+        if self.which == tuple(range(len(tensors_UN))):
+            return stacked_UN
+        return stacked_UN[self.constant(self.which, stacked_UN.device)]
+
+    def present(self, device: torch.device) -> Tensor:
+        """(B,) bool: which rows have a delta here at all."""
+        return self.constant([i < len(self.deltas) for i in self.which], device)
+
+    def constant(self, values: Sequence[Any], device: torch.device) -> Tensor:
+        """(B,): a number for each row, on the device once and for all."""
+        key = (tuple(values), device)
+        if torch.compiler.is_compiling():
+            return torch.tensor(values, device=device)
+        if key not in self._constants:
+            self._constants[key] = torch.tensor(values, device=device)
+        return self._constants[key]
+
+
+def rowwise(rows: Rows, base: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Any delta that calls its base once, as it was called, and changes each row by itself.
+
+    The base runs on the whole batch; then the delta's own forward runs under ``vmap`` over its tensors, with that row
+    of the output in place of the base.
+    """
+    like = rows.deltas[0]
+    x = first_argument(args, kwargs)
+    version = _version(x)
+    output = base(*args, **kwargs)
+    if _version(x) != version:
+        raise PeftlibError(
+            f"{rows.name!r} changes its input in place, so that {type(like).__name__} cannot be routed there. Make it "
+            "work out of place, or use the tunings one after another."
+        )
+    names = [n for n, _ in like.tensors()]
+    tensors = [rows.stacked(n, functools.partial(_tensor, n)) for n in names]
+    at_x = rows.axis(x)
+
+    def change(y: Tensor) -> Tensor:
+        at_y = rows.axis(y, "output")
+
+        def one(own: Sequence[Tensor], x_row: Tensor, y_row: Tensor) -> Any:
+            # With an axis of one row, so that the delta counts axes as ever.
+            call = (lambda *_: y_row.unsqueeze(at_y)), x_row.unsqueeze(at_x)
+            new: Tensor = functional_call(like, dict(zip(names, own, strict=True)), call)
+            return new.squeeze(at_y)
+
+        new = torch.vmap(one, (0, at_x, at_y), at_y, randomness="different")(tensors, x, y)
+        if not rows.partial:
+            return new
+        present = rows.present(y.device).view([-1 if i == at_y else 1 for i in range(y.dim())])
+        return torch.where(present, new, y)
+
+    return map_first(output, change)
+
+
+def _tensor(name: str, delta: Delta) -> Tensor:
+    return dict(delta.tensors())[name]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

@@ -1,0 +1,192 @@
+"""Many tunings in one batch: row i of the batch runs through the tuning of the i-th name.
+
+At each host the deltas of the named tunings are put together by kind, and each kind runs once for all rows
+(``methods.rowwise``). Which axis of a site's tensors holds the rows is learned once for a model from two fake forwards
+(``batch_axes``), at the first call or from ``example``.
+
+Left out on purpose: tunings that change what all rows share (full, partial and bias tuning, token rows, raw weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftlib.batch_axes import learn_axes
+from peftlib.errors import PeftlibError, StateError
+from peftlib.methods.base import Delta
+from peftlib.methods.rowwise import AXES, Rows
+from peftlib.probe import Call
+from peftlib.site import set_chain
+from peftlib.tuning import ROUTE, Tuning, registry, use
+
+
+class route:
+    """Within the context, row i of every batch runs through the tuning ``names[i]``, or the base alone for ``None``.
+
+    One forward serves all rows, and its backward gives each tuning the gradients of its own rows. Tunings of different
+    methods may meet in one batch, LoRAs of different rank, prefixes of different length. Prompts lengthen the whole
+    batch, so that every row needs one, of one length.
+
+    Args:
+        model: a model with tunings.
+        names: a tuning's name or ``None`` for each row.
+        batch_dim: the axis of the model's inputs along which the rows lie.
+        example: inputs of one forward, as in :func:`peftlib.attach`, of any batch size. Used once for a model, under
+            fake tensors, to learn along which axis the rows lie at every site; ``None`` takes the first call within the
+            context. A compiled model needs it, or one call before it is compiled.
+
+    Raises:
+        StateError: an unknown name, a merged tuning, or a route inside a route.
+        PeftlibError: a tuning that cannot act on single rows, prompts of different length; during the forward, a batch
+            of another size than ``names``, or a site where the rows have no axis of their own. The model is then as it
+            was before.
+
+    Without gradients the factors are kept in the order of the rows from one call to the next: as many bytes as the
+    named tunings have, once for each row.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> for name in ("a", "b"):
+        ...     tuning = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["0"], name=name)
+        ...     _ = torch.nn.init.normal_(model[0]._peft[f"{name}:lora"].b)
+        >>> x = torch.randn(3, 4)
+        >>> with peftlib.route(model, ["a", None, "b"]):
+        ...     y = model(x)
+        >>> with peftlib.use(model, "b"):
+        ...     torch.allclose(model(x[2]), y[2], atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str | None], *, batch_dim: int = 0, example: Any = None
+    ):
+        self._model, self._batch_dim, self._example = model, batch_dim, example
+        if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+            raise PeftlibError(
+                f"route needs a name or None for each row of the batch, as a list; got {names!r}."
+            )
+        have = registry(model)
+        for name in names:
+            if name is not None and name not in have:
+                raise StateError(
+                    f"The model has no tuning {name!r}; it has: {', '.join(map(repr, have)) or 'none'}."
+                )
+        self._names = tuple(names)
+        self._hosts: dict[str, nn.Module] = {}
+        self._hook: Any = None
+
+    def __enter__(self) -> route:
+        model = self._model
+        have = registry(model)
+        if ROUTE in model.__dict__:
+            raise StateError("The model is in a route already; leave that context first.")
+        merged = [n for n, t in have.items() if t.merged]
+        if merged:
+            raise StateError(
+                f"The tuning {merged[0]!r} is merged into the weights, which all rows share; unmerge() it first."
+            )
+        chains = self._chains({n: have[n] for n in dict.fromkeys(self._names) if n is not None})
+        # What is not named acts on no row, and what is acts on its own rows alone.
+        self._before = use(model)
+        model.__dict__[ROUTE] = True
+        try:
+            if self._example is None:
+                self._watch()
+            else:
+                self._learn(self._example)
+            self._set(chains)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._set(dict.fromkeys(self._hosts, ()))
+        if self._hook is not None:
+            self._hook.remove()
+        del self._model.__dict__[ROUTE]
+        self._before.__exit__()
+
+    def _set(self, chains: Mapping[str, tuple[Any, ...]]) -> None:
+        for name, chain in chains.items():
+            set_chain(self._hosts[name], chain)
+
+    def _at_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        # Off, for the fake forward runs the copy's hooks; and not needed again.
+        self._hook.remove()
+        try:
+            self._learn(Call(args, kwargs))
+        except BaseException:
+            self._watch()
+            raise
+
+    def _watch(self) -> None:
+        self._hook = self._model.register_forward_pre_hook(self._at_call, with_kwargs=True, prepend=True)
+
+    def _learn(self, example: Any) -> None:
+        """Learn where the hosts have their rows, unless that is known."""
+        new = {n: h for n, h in self._hosts.items() if self._batch_dim not in h.__dict__.get(AXES, {})}
+        if not new:
+            return
+        chains = {n: h.__dict__["_peft_active"] for n, h in self._hosts.items()}
+        self._set(dict.fromkeys(chains, ()))
+        try:
+            learn_axes(self._model, new, example, self._batch_dim)
+        finally:
+            self._set(chains)
+
+    def _chains(self, tunings: Mapping[str, Tuning]) -> dict[str, tuple[Any, ...]]:
+        """What each host shall run: its deltas in each tuning's order, like ones together."""
+        at: dict[str, dict[str, list[Delta]]] = {}
+        for name, tuning in tunings.items():
+            for part in tuning.parts:
+                try:
+                    part.delta.alike()
+                except PeftlibError as error:
+                    raise PeftlibError(
+                        f"The tuning {name!r} cannot be routed: {type(part.method).__name__} at {part.name!r}: {error}."
+                    ) from error
+                if not part.delta.passive:
+                    self._hosts[part.name] = part.host
+                    at.setdefault(part.name, {}).setdefault(name, []).append(part.delta)
+        shared: dict[int, Any] = {}
+        return {
+            name: tuple(
+                self._groups(name, {k: sorted(ds, key=lambda d: d.order) for k, ds in queues.items()}, shared)
+            )
+            for name, queues in at.items()
+        }
+
+    def _groups(self, name: str, queues: dict[str, list[Delta]], shared: dict[int, Any]) -> Iterator[Any]:
+        while any(queues.values()):
+            heads = {k: queue[0] for k, queue in queues.items() if queue}
+            # What all rows must have waits until all have come to it.
+            kinds = sorted(
+                {d.alike(): d.everywhere for d in heads.values()}.items(), key=lambda kind: kind[1]
+            )
+            kind, everywhere = kinds[0]
+            group = {k: queues[k].pop(0) for k, delta in heads.items() if delta.alike() == kind}
+            without = [n for n in self._names if n not in group]
+            if everywhere and without:
+                raise PeftlibError(
+                    f"The tuning {next(iter(group))!r} changes the whole batch (its length, or the size of its "
+                    f"output), and {without[0]!r} does not do the same at {name or 'the root'!r}. Give every row a "
+                    "tuning of that kind and length."
+                )
+            index = {k: i for i, k in enumerate(group)}
+            rows = Rows(
+                self._hosts[name],
+                name,
+                list(group.values()),
+                [None if n is None else index.get(n) for n in self._names],
+                self._batch_dim,
+                shared,
+            )
+            yield rows.deltas[0].for_rows(rows)
