@@ -44,6 +44,8 @@ ALLOWED: dict[str, set[str]] = {
         *("resume", "restore", "fingerprint", "attach", "tuning", "targets"),
         *("container", "storage", "methods", "errors"),
     },
+    "batch_axes": {"probe", "methods.base", "methods.rowwise", "errors"},
+    "routing": {"batch_axes", "tuning", "probe", "site", "methods.base", "methods.rowwise", "errors"},
     "overview": {"tuning", "targets", "probe", "report", "methods", "errors"},
     "memory": {"memory", "attach", "probe", "targets", "report", "charts", "methods", "errors"},
     "hf": {
@@ -225,7 +227,8 @@ def test_the_public_names() -> None:
         "Adapter", "BitFit", "FullFineTuning", "LoRA", "NewHead", "PTuningV1", "PTuningV2", "PartialFineTuning",
         "PrefixTuning", "PromptTuning", "TokenRows",
         # where and how
-        "attach", "inspect", "load", "merged_state_dict", "summary", "tunings", "use", "Tuning", "PeftlibError",
+        "attach", "inspect", "load", "merged_state_dict", "route", "summary", "tunings", "use", "Tuning",
+        "PeftlibError",
         # what it costs
         "MemoryReport", "estimate_memory", "measure_memory",
     }  # fmt: skip

@@ -494,26 +494,54 @@ def test_prompts_that_not_all_rows_have_or_of_two_lengths_are_refused():
     assert_routed(model, ["b", "b"], tokens(2))
 
 
-def test_rows_folded_into_time_are_refused():
-    class Folded(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+class Folded(nn.Module):
+    """A linear that sees (B·T, D) or (T·B, D), one that sees (B, T, D), and windows of two positions."""
 
-        def forward(self, x):
-            return self.b(self.a(x.flatten(0, 1)).view_as(x))
+    def __init__(self, time_first=False):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.time_first = time_first
 
-    model = Folded()
-    put(model, {"a": (LoRA(rank=2), None), "b": (LoRA(rank=2), ["b"])})
-    x = torch.randn(3, 5, 4)
-    with (
-        peftlib.route(model, ["a", "b", None]),
-        pytest.raises(TargetError, match=r"'a' works on a tensor of shape .15, 4.*folded"),
+    def forward(self, x):
+        y = x.transpose(0, 1) if self.time_first else x
+        y = self.a(y.flatten(0, 1)).view_as(y)
+        y = self.b(y.transpose(0, 1) if self.time_first else y)
+        return self.c(y.unflatten(1, (-1, 2)).flatten(0, 1)).view_as(y)
+
+
+FOLDED = {
+    "a": (LoRA(rank=2), None),
+    "b": (LoRA(rank=2), ["b"]),
+    "c": (Adapter(dim=2), ["a", "c"]),
+    "d": (LoRA(rank=1, use_dora=True), ["a"]),
+}
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_rows_folded_into_another_axis(time_first, rows):
+    torch.manual_seed(0)
+    model = Folded(time_first).double()
+    put(model, FOLDED)
+    x = torch.randn(rows, 4, 4, dtype=torch.float64)
+    assert_routed(model, ["c", "a", "d", None, "b"][:rows], x)
+    # Known from now on, for any number of rows and length.
+    assert_routed(model, ["c", None, "d", "a"], torch.randn(4, 6, 4, dtype=torch.float64))
+    assert_routed(model, ["c"], torch.randn(1, 6, 4, dtype=torch.float64))
+    assert model.training
+
+
+def test_an_order_that_the_example_does_not_show_is_refused():
+    x = torch.randn(3, 4, 4)
+    for names, batch, model, error, why in (
+        (["a"], x[:1], Folded(), ProbeError, "folded into one axis .* two rows or more"),
+        (["a"] * 3, x[:1].expand(3, -1, -1), Folded(), TargetError, "does not show .its rows must differ"),
+        (["a"] * 3, x, Folded().to("meta"), ProbeError, "a model with values"),
     ):
-        model(x)
-    expected = alone(model, ["b", None, "b"], x)
-    with peftlib.route(model, ["b", None, "b"]):
-        torch.testing.assert_close(model(x), expected)
+        put(model, FOLDED)
+        with peftlib.route(model, names), pytest.raises(error, match=why):
+            model(batch.to(model.a.weight.device))
+        assert not model._forward_hooks
 
 
 def test_what_all_rows_pass_through_together_is_refused():

@@ -205,13 +205,13 @@ class LinearLoRA(LowRank):
 
         def add(y: Tensor) -> Tensor:
             dropped = first.drop(x)
-            x_BNI = dropped.movedim(at, 0).reshape(len(rows), -1, x.shape[-1])
+            x_BNI = at.split(dropped, len(rows)).reshape(len(rows), -1, x.shape[-1])
             s_BNR = torch.bmm(x_BNI, a_BRI.to(x.dtype).mT) * scale
-            y_B = y.movedim(at, 0)
+            y_B = at.split(y, len(rows))
             y_BNO = y_B.reshape(len(rows), -1, y.shape[-1])
             # The sum in the output's dtype, as without routing: a factor's dtype (dtype=) never becomes the model's.
             new_BNO = torch.baddbmm(y_BNO, s_BNR.to(y.dtype), b_BRO.to(y.dtype))
-            return new_BNO.view(y_B.shape).movedim(0, at)
+            return at.join(new_BNO.view(y_B.shape))
 
         return map_first(output, add)
 

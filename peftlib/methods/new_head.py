@@ -48,11 +48,12 @@ class Head(Delta):
         x = first_argument(args, kwargs)
         first: Any = rows.deltas[0]
         at = rows.axis(x)
-        x_BNI = x.movedim(at, 0).reshape(len(rows), -1, x.shape[-1])
+        x_B = at.split(x, len(rows))
+        x_BNI = x_B.reshape(len(rows), -1, x.shape[-1])
         y_BNO = torch.bmm(x_BNI, rows.stacked("weight", lambda d: d.weight.T).to(x.dtype))
         if first.bias is not None:
             y_BNO = y_BNO + rows.stacked("bias", lambda d: d.bias).to(x.dtype).unsqueeze(1)
-        return y_BNO.view(*x.movedim(at, 0).shape[:-1], -1).movedim(0, at)
+        return at.join(y_BNO.view(*x_B.shape[:-1], -1))
 
     def merged(self) -> Any:
         raise PeftlibError(

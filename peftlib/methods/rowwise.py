@@ -28,19 +28,51 @@ AXES = "_peft_batch"
 """Attribute of an open host: along which axes of its tensors the rows of a batch lie, by the root's batch axis."""
 
 
+@dataclass(frozen=True)
+class Axis:
+    """Where a tensor has the rows of a batch.
+
+    Attributes:
+        at: the axis.
+        folded: whether each row has K places on it.
+        rows_first: whether the K places of a row stand together, (B K), or are strewn, (K B).
+    """
+
+    at: int
+    folded: bool = False
+    rows_first: bool | None = None
+
+    def split(self, tensor: Tensor, size: int) -> Tensor:
+        """(B, ...): the rows in front, and the axis left with the K (or 1) places of each."""
+        if self.rows_first is False:
+            return tensor.unflatten(self.at, (-1, size)).movedim(self.at + 1, 0)
+        return tensor.unflatten(self.at, (size, -1)).movedim(self.at, 0)
+
+    def join(self, tensor: Tensor) -> Tensor:
+        """The inverse of :meth:`split`."""
+        at = self.at
+        if self.rows_first is False:
+            return tensor.movedim(0, at + 1).flatten(at, at + 1)
+        return tensor.movedim(0, at).flatten(at, at + 1)
+
+
 @dataclass
 class Axes:
     """Where a module has the rows of a batch.
 
     Attributes:
-        input: number of axes of its first input -> the axis of the rows.
+        input: number of axes of its first input -> where the rows are.
         output: the same of its first output.
         keys: whether its attention has them on the first axis of queries and keys.
     """
 
-    input: dict[int, int] = field(default_factory=dict)
-    output: dict[int, int] = field(default_factory=dict)
+    input: dict[int, Axis] = field(default_factory=dict)
+    output: dict[int, Axis] = field(default_factory=dict)
     keys: bool = False
+
+    @property
+    def folded(self) -> bool:
+        return any(axis.folded for side in (self.input, self.output) for axis in side.values())
 
 
 class Rows:
@@ -90,23 +122,24 @@ class Rows:
             )
         return found
 
-    def axis(self, tensor: Tensor, side: str = "input") -> int:
-        """The axis of a tensor's rows; raises where it is not known, or its size is not the number of names."""
-        axis: int | None = getattr(self.known(), side).get(tensor.dim())
-        if axis is None:
-            raise PeftlibError(
-                f"{self.name or 'the root'!r} has an {side} of shape {tuple(tensor.shape)}, and the example had none "
-                f"of {tensor.dim()} axes, so its rows are not known. Pass route(..., example=) of such a call."
-            )
+    def axis(self, tensor: Tensor, side: str = "input") -> Axis:
+        """Where a tensor has its rows; raises where it is not known, or they are not as many as the names."""
         if tensor.is_nested:
             raise PeftlibError(
                 f"{self.name!r} got a nested tensor, whose rows have no common size. Make the encoder with "
                 "enable_nested_tensor=False."
             )
-        if tensor.shape[axis] != len(self):
+        axis: Axis | None = getattr(self.known(), side).get(tensor.dim())
+        if axis is None:
             raise PeftlibError(
-                f"route has {len(self)} names, and {self.name or 'the root'!r} has {tensor.shape[axis]} rows on axis "
-                f"{axis} of its {side} {tuple(tensor.shape)}. Give one name for each row of the batch."
+                f"{self.name or 'the root'!r} has an {side} of shape {tuple(tensor.shape)}, and the example had none "
+                f"of {tensor.dim()} axes, so its rows are not known. Pass route(..., example=) of such a call."
+            )
+        size = tensor.shape[axis.at]
+        if size % len(self) if axis.folded else size != len(self):
+            raise PeftlibError(
+                f"route has {len(self)} names, and {self.name or 'the root'!r} has {size} rows on axis {axis.at} of "
+                f"its {side} {tuple(tensor.shape)}. Give one name for each row of the batch."
             )
         return axis
 
@@ -190,18 +223,16 @@ def rowwise(rows: Rows, base: Callable[..., Any], args: tuple[Any, ...], kwargs:
 
     def change(y: Tensor) -> Tensor:
         at_y = rows.axis(y, "output")
+        y_B = at_y.split(y, len(rows))
 
         def one(own: Sequence[Tensor], x_row: Tensor, y_row: Tensor) -> Any:
-            # With an axis of one row, so that the delta counts axes as ever.
-            call = (lambda *_: y_row.unsqueeze(at_y)), x_row.unsqueeze(at_x)
-            new: Tensor = functional_call(like, dict(zip(names, own, strict=True)), call)
-            return new.squeeze(at_y)
+            return functional_call(like, dict(zip(names, own, strict=True)), ((lambda *_: y_row), x_row))
 
-        new = torch.vmap(one, (0, at_x, at_y), at_y, randomness="different")(tensors, x, y)
-        if not rows.partial:
-            return new
-        present = rows.present(y.device).view([-1 if i == at_y else 1 for i in range(y.dim())])
-        return torch.where(present, new, y)
+        new_B = torch.vmap(one, randomness="different")(tensors, at_x.split(x, len(rows)), y_B)
+        if rows.partial:
+            present = rows.present(y.device).view([-1, *[1] * y.dim()])
+            new_B = torch.where(present, new_B, y_B)
+        return at_y.join(new_B)
 
     return map_first(output, change)
 

@@ -25,7 +25,7 @@ from peftlib.methods.arguments import Layout
 from peftlib.methods.base import Delta, first_argument
 from peftlib.methods.calls import argument_names, back, by_name
 from peftlib.methods.outputs import shorten
-from peftlib.methods.rowwise import Rows
+from peftlib.methods.rowwise import Axis, Rows
 from peftlib.methods.sequence import Longer, lengthen
 
 _LAST = 1 << 30
@@ -329,7 +329,7 @@ class Placeholder(AtEmbedding):
     def routed(cls, rows: Rows, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         first: Any = rows.deltas[0]
         ids = first_argument(args, kwargs)
-        if ids.dim() != 2 or rows.axis(ids) != 0:
+        if ids.dim() != 2 or rows.axis(ids) != Axis(0):
             raise PeftlibError(
                 f"The embedding sees ids of shape {tuple(ids.shape)}, and each row of the batch has a prompt of its "
                 "own; expected (B, T)."
