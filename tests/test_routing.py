@@ -535,7 +535,7 @@ def test_an_order_that_the_example_does_not_show_is_refused():
     x = torch.randn(3, 4, 4)
     for names, batch, model, error, why in (
         (["a"], x[:1], Folded(), ProbeError, "folded into one axis .* two rows or more"),
-        (["a"] * 3, x[:1].expand(3, -1, -1), Folded(), TargetError, "does not show .its rows must differ"),
+        (["a"] * 3, torch.ones(3, 4, 4), Folded(), TargetError, "does not show .its rows must differ"),
         (["a"] * 3, x, Folded().to("meta"), ProbeError, "a model with values"),
     ):
         put(model, FOLDED)
