@@ -16,6 +16,7 @@ from peftlib.methods.new_head import NewHead
 from peftlib.tuning import Tuning, tunings, use
 
 if TYPE_CHECKING:
+    from peftlib.arithmetic import combine
     from peftlib.checkpoint import load
     from peftlib.memory import MemoryReport, estimate_memory, measure_memory
     from peftlib.methods.adapter import Adapter
@@ -47,6 +48,7 @@ __all__ = [
     "TokenRows",
     "Tuning",
     "attach",
+    "combine",
     "estimate_memory",
     "inspect",
     "load",
@@ -59,6 +61,7 @@ __all__ = [
 ]
 
 _LATER = {
+    "combine": "arithmetic",
     "load": "checkpoint",
     "route": "routing",
     "MemoryReport": "memory",

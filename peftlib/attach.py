@@ -137,6 +137,7 @@ def install(
     name: str,
     freeze: bool,
     skipped: Mapping[str, str] | None = None,
+    enabled: bool = True,
 ) -> Tuning:
     """Put built parts on the model, or leave it untouched (``attach`` and ``load`` share this)."""
     check_no_route(model)
@@ -152,7 +153,8 @@ def install(
             _open(part, tree)
             done.append(part)
         model.__dict__.setdefault(TUNINGS, {})[name] = tuning
-        tuning.enable()
+        if enabled:
+            tuning.enable()
     except BaseException:
         for part in reversed(done):
             set_active(part.host, part.delta, part.parameter, False)

@@ -146,6 +146,8 @@ def summary(model: nn.Module) -> Table:
         if tuning.skipped:
             shown = [f"{n} ({why})" for n, why in list(tuning.skipped.items())[:6]]
             notes.append(f"{name}: left out {', '.join(shown)}{' ...' if len(tuning.skipped) > 6 else ''}")
+        if tuning.combination is not None:
+            notes.append(f"{name}: {tuning.combination}")
         idle = tuning.idle_sites()
         if idle:
             idle = [n or "the root" for n in idle]

@@ -20,7 +20,15 @@ from peftlib.tuning import Part, Tuning, check_state
 
 
 def restore(
-    tree: Tree, plan: Plan, state: Mapping[str, Tensor], *, name: str, trainable: bool, source: str, what: str
+    tree: Tree,
+    plan: Plan,
+    state: Mapping[str, Tensor],
+    *,
+    name: str,
+    trainable: bool,
+    source: str,
+    what: str,
+    enabled: bool = True,
 ) -> Tuning:
     """Attach a resolved plan with given values.
 
@@ -32,6 +40,7 @@ def restore(
         trainable: whether its parameters require gradients.
         source: where the plan was read, for messages.
         what: what the state has to fit, for messages.
+        enabled: whether it acts at once.
 
     Raises:
         CheckpointError: the tensors do not fit the plan on this model, which is then unchanged.
@@ -42,7 +51,7 @@ def restore(
     check_state({f"{part.prefix}.{k}": t for part, mine in own for k, t in mine.items()}, state, what)
     with explained(source), torch.no_grad():
         given = [_give_values(part, mine, tree.model, state) for part, mine in own]
-    tuning = install(tree.model, tree, parts, name=name, freeze=True)
+    tuning = install(tree.model, tree, parts, name=name, freeze=True, enabled=enabled)
     with torch.no_grad():
         for (part, mine), keys in zip(own, given, strict=True):
             # The rest are the base's own tensors, and those of a method that builds its own with values.

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from peftlib.merging import MERGED, Kept, merge, put_back
 from peftlib.methods.base import Delta, Method
 from peftlib.methods.trained import hold_statistics, release_statistics
 from peftlib.site import check_closable, close_host, deltas, set_active
+
+if TYPE_CHECKING:
+    from peftlib.arithmetic import Combination
 
 TUNINGS = "_peft_tunings"
 FLAGS = "_peft_flags"
@@ -66,6 +69,7 @@ class Tuning:
         model: the module it was attached to.
         skipped: sites that a default left out, with the reason.
         merged: whether its updates are in the base weights at present.
+        combination: what :func:`peftlib.combine` made it of and how closely, else ``None``; not saved.
     """
 
     def __init__(self, name: str, model: nn.Module, parts: list[Part], skipped: Mapping[str, str]):
@@ -75,6 +79,7 @@ class Tuning:
         self.skipped = dict(skipped)
         self.enabled = False
         self.attached = True
+        self.combination: Combination | None = None
         self._kept: list[Kept] = []
 
     def __repr__(self) -> str:

@@ -38,6 +38,12 @@ ALLOWED: dict[str, set[str]] = {
     "tuning": {"merging", "site", "methods.base", "methods.trained", "errors"},
     "attach": {"tuning", "targets", "probe", "site", "methods", "open_attention", "errors"},
     "fingerprint": {"merging", "targets", "storage", "methods.base", "methods.trained", "errors"},
+    "sums": {"errors"},
+    "summed": {"sums", "tuning", "methods", "errors"},
+    "arithmetic": {
+        *("summed", "sums", "restore", "attach", "merging", "tuning", "targets"),
+        *("storage", "methods", "errors"),
+    },
     "restore": {"attach", "tuning", "targets", "methods.base", "errors"},
     "resume": {"tuning", "container", "storage", "errors"},
     "checkpoint": {
@@ -227,7 +233,7 @@ def test_the_public_names() -> None:
         "Adapter", "BitFit", "FullFineTuning", "LoRA", "NewHead", "PTuningV1", "PTuningV2", "PartialFineTuning",
         "PrefixTuning", "PromptTuning", "TokenRows",
         # where and how
-        "attach", "inspect", "load", "merged_state_dict", "route", "summary", "tunings", "use", "Tuning",
+        "attach", "combine", "inspect", "load", "merged_state_dict", "route", "summary", "tunings", "use", "Tuning",
         "PeftlibError",
         # what it costs
         "MemoryReport", "estimate_memory", "measure_memory",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HELD = "_peft_statistics"
 TRAINED = "_peft_trained"
-"""Attribute of a module whose parameters a tuning is training: own name -> the delta whose values are in it."""
+"""Attribute of a module some of whose tensors are a tuning's at present: own name -> the delta they belong to."""
 
 
 def hold_statistics(module: nn.Module) -> None:
@@ -120,6 +120,24 @@ class Trained(Delta):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._own() if self.on or not self.keep_base else self._others()
 
+    def base(self, name: str) -> Tensor:
+        """The base's value of one of the host's tensors, whichever tuning has put its own there.
+
+        Raises:
+            StateError: that tuning did not keep it.
+        """
+        mine = _tensor(self._host[0], name)
+        for owner in (*self._host, *self._sharing):
+            for other, delta in owner.__dict__.get(TRAINED, {}).items():
+                if _tensor(owner, other) is mine:
+                    if not delta.keep_base:
+                        raise StateError(
+                            f"{name!r} is trained with keep_base=False, so the base's value is gone. Attach with "
+                            "keep_base=True to have it."
+                        )
+                    return dict(delta._others())[other]
+        return mine
+
     def check_switch(self, on: bool) -> None:
         if not on and self.on and not self.keep_base:
             raise StateError(
@@ -130,7 +148,7 @@ class Trained(Delta):
             return
         mine = {id(p): name for name, p in self.trained()}
         for host in (*self._host, *self._sharing):
-            taken = [n for n in host.__dict__.get(TRAINED, ()) if id(host._parameters[n]) in mine]
+            taken = [n for n in host.__dict__.get(TRAINED, ()) if id(host._parameters.get(n)) in mine]
             if taken:
                 raise StateError(
                     f"{plain_class(host).__name__}'s {', '.join(taken)} is trained by another enabled tuning; two "
@@ -156,7 +174,7 @@ class Trained(Delta):
     def _mark(self, on: bool) -> None:
         host = self._host[0]
         marks = {n: d for n, d in host.__dict__.pop(TRAINED, {}).items() if d is not self}
-        marks |= dict.fromkeys(self.names, self) if on else {}
+        marks |= dict.fromkeys((*self.names, *self.statistics), self) if on else {}
         if marks:
             host.__dict__[TRAINED] = marks
 
@@ -237,6 +255,14 @@ class BaseTraining(Method):
         surveyed = [replace(tree.site(owner), facts={"names": owned}) for owner, owned in names.items()]
         return [s for s in surveyed if s.facts["names"] or self._only_statistics(s)]
 
+    def statistics(self, module: nn.Module, names: Sequence[str]) -> list[str]:
+        """The buffers that go with some trained parameters: all persistent ones if all of the module is trained."""
+        if not self.moves_statistics or set(names) != {
+            n for n, p in module._parameters.items() if p is not None
+        }:
+            return []
+        return [n for n, b in module._buffers.items() if b is not None and n not in _volatile(module)]
+
     def build(self, sites: Sequence[Site]) -> dict[str, Delta]:
         found: dict[str, Delta] = {}
         owners: dict[int, list[nn.Module]] = {}
@@ -250,14 +276,6 @@ class BaseTraining(Method):
                 )
             placement(site)
             names = site.facts["names"]
-            whole = self.moves_statistics and set(names) == {
-                n for n, p in site.module._parameters.items() if p is not None
-            }
-            statistics = [
-                n
-                for n, b in site.module._buffers.items()
-                if b is not None and n not in _volatile(site.module)
-            ]
             sharing = {
                 id(m): m
                 for n in names
@@ -265,9 +283,17 @@ class BaseTraining(Method):
                 if m is not site.module
             }
             found[site.name] = Trained(
-                site.module, names, statistics if whole else [], self.keep_base, list(sharing.values())
+                site.module,
+                names,
+                self.statistics(site.module, names),
+                self.keep_base,
+                list(sharing.values()),
             )
         return found
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    return module._parameters[name] if name in module._parameters else module._buffers[name]  # type: ignore[return-value]
 
 
 def _volatile(module: nn.Module) -> set[str]:
