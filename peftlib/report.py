@@ -8,6 +8,7 @@ everywhere), sorting and filtering (that is what the rows are for), and the widt
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,27 @@ def format_bytes(n: float) -> str:
         size, unit = size / 1024, unit + 1
     sign = "-" if n < 0 else ""
     return f"{sign}{size:.0f} B" if unit == 0 else f"{sign}{size:,.1f} {UNITS[unit]}"
+
+
+def parse_bytes(size: str | float) -> int:
+    """The number of bytes that a text such as "24GiB" or "80 GB" names; a number is one already.
+
+    Raises:
+        PeftlibError: no number, an unknown unit, or nothing above zero.
+
+    Example:
+        >>> parse_bytes("24GiB"), parse_bytes("80 GB"), parse_bytes(512)
+        (25769803776, 80000000000, 512)
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgtp]?)(i?)b?\s*", str(size), re.IGNORECASE)
+    try:
+        number, prefix, binary = (float(found[1]), found[2], found[3]) if found else (0.0, "", "")
+    except ValueError:
+        number, prefix, binary = 0.0, "", ""
+    bytes_ = int(number * (1024 if binary else 1000) ** " kmgtp".index(prefix.lower() or " "))
+    if bytes_ <= 0:
+        raise PeftlibError(f"{size!r} is no size: give bytes, or a text such as '24GiB' or '80GB'")
+    return bytes_
 
 
 def format_count(n: int) -> str:

@@ -21,19 +21,26 @@ saves, which reads as temporary; a storage resized by itself is noticed at its n
 """
 
 from peftlib.memory.estimate import estimate_memory
+from peftlib.memory.extrapolate import extrapolate
 from peftlib.memory.live import OUTSIDE, LiveBytes
 from peftlib.memory.measure import measure_memory
+from peftlib.memory.plan import MemoryPlan, plan_memory
 from peftlib.memory.report import PARTS, MemoryReport, Timeline
+from peftlib.memory.sharding import ShardedOver
 from peftlib.memory.step import checkpointed, default_loss
 
 __all__ = [
     "OUTSIDE",
     "PARTS",
     "LiveBytes",
+    "MemoryPlan",
     "MemoryReport",
+    "ShardedOver",
     "Timeline",
     "checkpointed",
     "default_loss",
     "estimate_memory",
+    "extrapolate",
     "measure_memory",
+    "plan_memory",
 ]

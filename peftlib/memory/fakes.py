@@ -1,4 +1,4 @@
-"""What stands in for real tensors, for the values in them, and for a GPU's attention."""
+"""What stands in for real tensors, for the values in them, and for a GPU's kernels."""
 
 from __future__ import annotations
 
@@ -35,30 +35,52 @@ class Faked:
         return fake.requires_grad_(tensor.requires_grad)
 
 
-class Hint(TorchDispatchMode):
-    """Answers for fake tensors that are asked for their value, as ``if mask.any():`` does.
+HALVES = (torch.bfloat16, torch.float16)
+NORMS = {
+    torch.ops.aten.native_layer_norm.default: 2,
+    torch.ops.aten.native_group_norm.default: 1,
+    torch.ops.aten.native_batch_norm.default: 1,
+}
+"""Norms that keep statistics, and where their weight stands."""
+
+
+class Answers(TorchDispatchMode):
+    """What fake tensors do not know, or know wrongly.
+
+    A value that the model asks for, as ``if mask.any():`` does, is answered by a hint. And statistics of a norm of a
+    half-precision input are float32 where its weight is, and always on a GPU; fake kernels (of torch 2.13) say half.
 
     Args:
-        answer: what they say, or a function of the tensor; None lets the question fail.
+        hint: the answer, or a function of the tensor that gives it; None lets the question fail.
+        on_cuda: whether the CPU's tensors stand in for a GPU's.
     """
 
-    def __init__(self, answer: Value | Callable[[Tensor], Value] | None):
+    def __init__(self, hint: Value | Callable[[Tensor], Value] | None, on_cuda: bool):
         super().__init__()
-        self._answer = answer
+        self._hint, self._on_cuda = hint, on_cuda
+        self.answers = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         try:
-            return func(*args, **(kwargs or {}))
+            output = func(*args, **(kwargs or {}))
         except DataDependentOutputException:
-            if self._answer is None or func is not torch.ops.aten._local_scalar_dense.default:
+            if self._hint is None or func is not torch.ops.aten._local_scalar_dense.default:
                 raise
-            return self._answer(args[0]) if callable(self._answer) else self._answer
+            self.answers += 1
+            return self._hint(args[0]) if callable(self._hint) else self._hint
+        if func in NORMS and args[0].dtype in HALVES:
+            weight = args[NORMS[func]]
+            if self._on_cuda or (weight is not None and weight.dtype == torch.float32):
+                return (output[0], *(statistic.float() for statistic in output[1:]))
+        if func is torch.ops.aten.native_group_norm_backward.default and args[1].dtype in HALVES:
+            return (output[0].to(args[1].dtype), *output[1:])
+        return output
 
 
-class FusedAttention(TorchFunctionMode):
-    """Takes a GPU's choice of attention: with dropout it is fused too, where a CPU would write the scores down.
+class GPUKernels(TorchFunctionMode):
+    """Takes a GPU's kernels where a CPU has none: attention with dropout is fused, and so is the RMS norm.
 
     A closed ``nn.MultiheadAttention`` calls its attention out of sight and is left as it is.
     """
@@ -69,4 +91,24 @@ class FusedAttention(TorchFunctionMode):
             if len(args) > 4:
                 args = (*args[:4], 0.0, *args[5:])
             kwargs = {name: value for name, value in kwargs.items() if name != "dropout_p"}
+        if func in (F.rms_norm, torch.rms_norm):
+            return self._rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
+
+    @staticmethod
+    def _rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: Any = None) -> Any:
+        return _RMSNorm.apply(x, weight, len(normalized_shape))
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The tensors of the fused kernel: it keeps its input and one float32 per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, axes: int) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[: x.dim() - axes], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight), None

@@ -63,7 +63,7 @@ def checkpointed(model: nn.Module, where: Any = True) -> Iterator[Sequence[str]]
 
     Source: Chen et al. 2016, arXiv:1604.06174.
     """
-    modules = _chosen(model, where)
+    modules = chosen_modules(model, where)
     before = [module.__dict__.get("forward") for module in modules.values()]
     try:
         for module in modules.values():
@@ -76,7 +76,7 @@ def checkpointed(model: nn.Module, where: Any = True) -> Iterator[Sequence[str]]
             module.__dict__.update({} if own is None else {"forward": own})
 
 
-def _chosen(model: nn.Module, where: Any) -> dict[str, nn.Module]:
+def chosen_modules(model: nn.Module, where: Any) -> dict[str, nn.Module]:
     if where is None or where is False:
         return {}
     tree = Tree(model)
@@ -122,10 +122,23 @@ def training_step(
             with cast():
                 output = model(*args, **kwargs)
                 result = loss(output)
-            (result if accumulate == 1 else result / accumulate).backward()
+            _backward(result if accumulate == 1 else result / accumulate)
         if optimizer is not None:
             optimizer.step()
         for parameter in trained:
             parameter.grad = None
 
     return step
+
+
+def _backward(result: Tensor) -> None:
+    """``result.backward()``, but a mode for torch's functions stays on in what the backward computes again."""
+    if result.numel() != 1 or not result.requires_grad:
+        raise PeftlibError(
+            f"the loss is {result.dtype} of shape {tuple(result.shape)}"
+            f"{'' if result.requires_grad else ' without a gradient'}: it has to be a scalar that depends on what is "
+            "trained"
+        )
+    torch.autograd.Variable._execution_engine.run_backward(
+        (result,), (torch.ones_like(result),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )

@@ -30,7 +30,9 @@ def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """What holds a tensor's bytes: several storages for a wrapper or a sparse tensor, none for opaque layouts."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from storages_of(getattr(tensor, name))
+            # some also keep what is no tensor, such as the devices they are spread over
+            if isinstance(part := getattr(tensor, name), Tensor):
+                yield from storages_of(part)
     elif tensor.layout is torch.strided:
         yield tensor.untyped_storage()
     elif tensor.layout is torch.sparse_coo:

@@ -1,0 +1,81 @@
+"""An example of another size: as many rows, as many positions as asked for, without values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from peftlib.errors import PeftlibError
+from peftlib.probe import as_call
+
+
+class Examples:
+    """Examples of one kind for any batch and length.
+
+    Args:
+        example: a forward's arguments as elsewhere (a tensor, a tuple, a dict). Every first axis as long as the first
+            tensor's counts as the batch, every later axis as long as its second as the sequence, if it holds ids (B, T)
+            or vectors (B, T, D). Or a function ``(batch, length) -> example``, which needs no such guess.
+
+    Raises:
+        PeftlibError: there is no tensor in it.
+    """
+
+    def __init__(self, example: Any):
+        self._function: Callable[..., Any] | None = None
+        self.batch, self.length, self._shape = 1, None, torch.Size()
+        self._example: Any = example
+        if callable(example) and not isinstance(example, Tensor):
+            self._function = example
+            return
+        args, kwargs = as_call(example)
+        self._example = kwargs or args
+        tensors = [t for t in pytree.tree_leaves(self._example) if isinstance(t, Tensor) and t.dim()]
+        if not tensors:
+            raise PeftlibError(
+                f"the example is {type(example).__name__} without a tensor in it: give a tensor, a tuple or a dict of "
+                "them, or a function (batch, length) -> example"
+            )
+        first = tensors[0]
+        self.batch, self._shape = first.shape[0], first.shape
+        if (first.dim() == 2 and not first.is_floating_point()) or first.dim() == 3:
+            self.length = first.shape[1]
+
+    def __call__(self, batch: int, length: int | None) -> Any:
+        """An example of this size; tensors that are resized lie on meta.
+
+        Raises:
+            PeftlibError: the sequence cannot be told from the batch or is nowhere to be seen.
+        """
+        if self._function is not None:
+            return self._function(batch) if length is None else self._function(batch, length)
+        if batch == self.batch and length in (None, self.length):
+            return self._example
+        if length not in (None, self.length):
+            if self.length is None:
+                raise PeftlibError(
+                    "lengths= was given, and the example shows no sequence: it begins with neither (B, T) ids nor "
+                    "(B, T, D) vectors. Give a function (batch, length) -> example instead"
+                )
+            if self._shape.count(self.length) > 1:
+                raise PeftlibError(
+                    f"two axes of the example's first tensor {tuple(self._shape)} are {self.length} long, so the "
+                    "sequence cannot be told from the other one: give an example of other sizes, or a function "
+                    "(batch, length) -> example"
+                )
+
+        def resized(tensor: Tensor) -> Tensor:
+            shape = list(tensor.shape)
+            if shape and shape[0] == self.batch:
+                shape[0] = batch
+            if length is not None:
+                shape[1:] = [length if size == self.length else size for size in shape[1:]]
+            if shape == list(tensor.shape):
+                return tensor
+            return torch.empty(shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
+
+        return pytree.tree_map_only(Tensor, resized, self._example)
