@@ -18,7 +18,16 @@ from peftlib.tuning import Tuning, tunings, use
 if TYPE_CHECKING:
     from peftlib.arithmetic import combine
     from peftlib.checkpoint import load
-    from peftlib.memory import MemoryReport, estimate_memory, measure_memory
+    from peftlib.memory import (
+        MemoryPlan,
+        MemoryReport,
+        OutOfMemory,
+        ShardedOver,
+        estimate_memory,
+        explain_oom,
+        measure_memory,
+        plan_memory,
+    )
     from peftlib.methods.adapter import Adapter
     from peftlib.methods.bitfit import BitFit
     from peftlib.methods.partial import PartialFineTuning
@@ -37,23 +46,28 @@ __all__ = [
     "BitFit",
     "FullFineTuning",
     "LoRA",
+    "MemoryPlan",
     "MemoryReport",
     "NewHead",
+    "OutOfMemory",
     "PTuningV1",
     "PTuningV2",
     "PartialFineTuning",
     "PeftlibError",
     "PrefixTuning",
     "PromptTuning",
+    "ShardedOver",
     "TokenRows",
     "Tuning",
     "attach",
     "combine",
     "estimate_memory",
+    "explain_oom",
     "inspect",
     "load",
     "measure_memory",
     "merged_state_dict",
+    "plan_memory",
     "route",
     "summary",
     "tunings",
@@ -64,9 +78,14 @@ _LATER = {
     "combine": "arithmetic",
     "load": "checkpoint",
     "route": "routing",
+    "MemoryPlan": "memory",
     "MemoryReport": "memory",
+    "OutOfMemory": "memory",
+    "ShardedOver": "memory",
     "estimate_memory": "memory",
+    "explain_oom": "memory",
     "measure_memory": "memory",
+    "plan_memory": "memory",
     "inspect": "overview",
     "summary": "overview",
 }

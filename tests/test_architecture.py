@@ -236,7 +236,8 @@ def test_the_public_names() -> None:
         "attach", "combine", "inspect", "load", "merged_state_dict", "route", "summary", "tunings", "use", "Tuning",
         "PeftlibError",
         # what it costs
-        "MemoryReport", "estimate_memory", "measure_memory",
+        "MemoryPlan", "MemoryReport", "OutOfMemory", "ShardedOver", "estimate_memory", "explain_oom", "measure_memory",
+        "plan_memory",
     }  # fmt: skip
     assert all(hasattr(peftlib, name) for name in peftlib.__all__)
 

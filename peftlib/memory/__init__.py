@@ -24,6 +24,7 @@ from peftlib.memory.estimate import estimate_memory
 from peftlib.memory.extrapolate import extrapolate
 from peftlib.memory.live import OUTSIDE, LiveBytes
 from peftlib.memory.measure import measure_memory
+from peftlib.memory.oom import OutOfMemory, explain_oom
 from peftlib.memory.plan import MemoryPlan, plan_memory
 from peftlib.memory.report import PARTS, MemoryReport, Timeline
 from peftlib.memory.sharding import ShardedOver
@@ -35,11 +36,13 @@ __all__ = [
     "LiveBytes",
     "MemoryPlan",
     "MemoryReport",
+    "OutOfMemory",
     "ShardedOver",
     "Timeline",
     "checkpointed",
     "default_loss",
     "estimate_memory",
+    "explain_oom",
     "extrapolate",
     "measure_memory",
     "plan_memory",

@@ -68,13 +68,13 @@ class MemoryPlan:
                 "method": choice.way.method,
                 "batch": choice.way.batch,
                 "length": choice.way.length,
-                "checkpointing": "yes" if choice.way.checkpointing else "no",
+                "checkpoint": "yes" if choice.way.checkpointing else "no",
                 **{
                     name: sum(getattr(choice.report, part) for part in parts) for name, parts in SHOWN.items()
                 },
                 "peak": choice.report.peak_bytes,
                 "fits": "yes" if choice.fits else "no",
-                "largest batch": choice.largest_batch or None,
+                "max batch": choice.largest_batch or None,
             }
             for choice in self.choices
         ]
@@ -183,19 +183,21 @@ def plan_memory(
         ...     return nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 512))
         >>> methods = {"full": None, "lora": peftlib.LoRA(rank=8)}
         >>> plan = plan_memory(factory, torch.ones(8, 512), methods, "20MiB", checkpointing=(None,))
-        >>> [(row["method"], row["fits"], row["largest batch"]) for row in plan.rows]
+        >>> [(row["method"], row["fits"], row["max batch"]) for row in plan.rows]
         [('full', 'no', None), ('lora', 'yes', 429)]
     """
     limit = parse_bytes(budget)
     named = _named(methods)
     examples = Examples(example)
+    sizes, spans = list(batches or (examples.batch,)), list(lengths or (None,))
+    first = examples(sizes[0], spans[0])
     found: dict[Way, MemoryReport] = {}
     models: dict[str, nn.Module] = {}
 
     def model(name: str) -> nn.Module:
         if name not in models:
             models.clear()  # one at a time; making it anew costs no memory
-            models[name] = _prepared(factory, named[name], examples)
+            models[name] = _prepared(factory, named[name], first)
         return models[name]
 
     def cost(way: Way) -> MemoryReport:
@@ -213,19 +215,15 @@ def plan_memory(
         return found[way]
 
     def sharded(way: Way, over: int) -> MemoryReport:
-        report = cost(way)
-        try:
-            return ShardedOver(over)(model(way.method), report, optimizer=optimizer)
-        except TargetError:  # no repeated blocks
-            return ShardedOver(over, groups=None)(model(way.method), report, optimizer=optimizer)
+        return ShardedOver(over)(model(way.method), cost(way), optimizer=optimizer)
 
     costs = Cost(cost, sharded, limit, tuple(named), tuple(checkpointing), tuple(ranks))
     ways: list[Way] = []
     notes: dict[str, None] = {}
     for name in named:
-        for length in lengths or (None,):
+        for length in spans:
             for again in checkpointing:
-                row = [Way(name, batch, length, again) for batch in batches or [examples.batch]]
+                row = [Way(name, batch, length, again) for batch in sizes]
                 try:
                     cost(row[0])
                 except TargetError as error:
@@ -293,8 +291,8 @@ def build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def _prepared(factory: Callable[[], nn.Module], method: Any, examples: Examples) -> nn.Module:
+def _prepared(factory: Callable[[], nn.Module], method: Any, example: Any) -> nn.Module:
     model = build_on_meta(factory)
     if method is not None:
-        attach(model, method, example=examples(examples.batch, examples.length))
+        attach(model, method, example=example)
     return model

@@ -52,6 +52,14 @@ class Cost:
     def fits(self, way: Way) -> bool:
         return self.of(way).peak_bytes <= self.budget
 
+    def exists(self, way: Way) -> bool:
+        """Whether the model has what is to be computed twice."""
+        try:
+            self.of(way)
+        except TargetError:
+            return False
+        return True
+
 
 def largest_batch(cost: Cost, way: Way) -> int:
     """The largest batch that fits, 0 if none does: it fits, and one more does not.
@@ -95,33 +103,29 @@ def largest_batch(cost: Cost, way: Way) -> int:
 def remedies(cost: Cost, way: Way) -> list[Remedy]:
     """What makes a way that does not fit fit, cheapest first."""
     found: list[Remedy] = []
-    more = [again for again in cost.checkpointing if again and not way.checkpointing]
-    # computing nothing twice, then the blocks: time is what it costs
-    for again in (way.checkpointing, *more):
-        twice = dataclasses.replace(way, checkpointing=again)
-        added = "" if again == way.checkpointing else "checkpointing"
-        if added:
-            try:
-                if cost.fits(twice):
-                    found.append(Remedy(f"{added}: the blocks are computed twice", cost.of(twice).peak_bytes))
-                    break
-            except TargetError:  # no blocks
-                continue
-        if way.batch > 1 and (small := _micro_batch(cost, twice)):
-            text = f"micro-batches of {small.batch}, {small.accumulate} accumulated"
-            found.append(Remedy(f"{added} and {text}" if added else text, cost.of(small).peak_bytes))
+    twice = [dataclasses.replace(way, checkpointing=again) for again in cost.checkpointing if again]
+    more = [] if way.checkpointing else [other for other in twice if cost.exists(other)]
+    if way.batch > 1 and (small := _micro_batch(cost, way)):
+        found.append(Remedy(_small(small), cost.of(small).peak_bytes))
+    # time is what this costs
+    for other in more:
+        if cost.fits(other):
+            found.append(Remedy("checkpointing: the blocks are computed twice", cost.of(other).peak_bytes))
+            break
+        if way.batch > 1 and (small := _micro_batch(cost, other)):
+            found.append(Remedy(f"checkpointing and {_small(small)}", cost.of(small).peak_bytes))
+            break
     others = [dataclasses.replace(way, method=name) for name in cost.methods if name != way.method]
     fitting = [other for other in others if cost.fits(other)]
     if fitting:
         # the one that trains most: closest to what was asked for
         best = max(fitting, key=lambda other: cost.of(other).trained_bytes)
         found.append(Remedy(f"another method: {best.method}", cost.of(best).peak_bytes))
-    for again in (way.checkpointing, *more):
-        twice = dataclasses.replace(way, checkpointing=again)
-        ranks = next((n for n in cost.ranks if cost.sharded(twice, n).peak_bytes <= cost.budget), None)
+    for other in (way, *more):
+        ranks = next((n for n in cost.ranks if cost.sharded(other, n).peak_bytes <= cost.budget), None)
         if ranks:
-            added = "" if again == way.checkpointing else " and checkpointing"
-            peak = cost.sharded(twice, ranks).peak_bytes
+            added = "" if other == way else " and checkpointing"
+            peak = cost.sharded(other, ranks).peak_bytes
             found.append(Remedy(f"sharding over {ranks} ranks{added}, per rank", peak))
             break
     return found
@@ -138,3 +142,7 @@ def _micro_batch(cost: Cost, way: Way) -> Way | None:
     # no larger than so many micro-batches need
     times = -(-way.batch // small)
     return dataclasses.replace(way, batch=-(-way.batch // times), accumulate=times)
+
+
+def _small(way: Way) -> str:
+    return f"micro-batches of {way.batch}, {way.accumulate} accumulated"

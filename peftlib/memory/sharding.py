@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from peftlib.errors import PeftlibError
+from peftlib.errors import PeftlibError, TargetError
 from peftlib.memory.lives import BACKWARD, FORWARD, RECOMPUTATION, STEP
 from peftlib.memory.report import MemoryReport
 from peftlib.memory.step import chosen_modules
@@ -31,13 +31,13 @@ class ShardedOver:
         forward:   R + 3 G           the group that runs, and the buffer and the copy of the next one
         backward:  R + 2 G + 2 t + t_R   the group that runs and the next; its gradients whole, and again to be reduced
 
-    with G the largest group. Activations and inputs are the rank's own. It is an upper bound: a measured peak (torch
-    2.13, gloo) lies below it by less than one group.
+    with G the largest group. Activations and inputs are the rank's own. It is an upper bound: a peak measured with
+    torch 2.13 and gloo lies below it by less than one group.
 
     Args:
         ranks: n.
-        groups: the modules that are sharded one by one: True for the repeated blocks, else as in
-            :func:`checkpointed`; None shards the model as one group.
+        groups: the modules that are sharded one by one: True for the repeated blocks (if there are none, the model is
+            one group), None for none, else as in :func:`checkpointed`.
 
     Raises:
         PeftlibError: ``ranks`` is not a positive integer.
@@ -87,11 +87,11 @@ class ShardedOver:
         trained = [p for p in parameters if p.requires_grad]
         ours, ours_trained = self._shards(parameters), self._shards(trained)
         buffers = report.frozen_bytes + report.trained_bytes - _bytes(parameters)
-        largest = max(blocks, key=_bytes, default=[])
-        of_largest, of_root = _trained_bytes(largest), _trained_bytes(root)
+        largest = max(map(_bytes, blocks), default=0)
+        of_largest, of_root = max(map(_trained_bytes, blocks), default=0), _trained_bytes(root)
         whole = {
-            FORWARD: _bytes(root) + 3 * _bytes(largest),
-            BACKWARD: _bytes(root) + 2 * _bytes(largest) + 2 * of_largest + of_root,
+            FORWARD: _bytes(root) + 3 * largest,
+            BACKWARD: _bytes(root) + 2 * largest + 2 * of_largest + of_root,
             STEP: 0,
         }
         whole[RECOMPUTATION] = whole[BACKWARD]
@@ -108,7 +108,9 @@ class ShardedOver:
         for instant, parts in enumerate(zip(*report.timeline.parts.values(), strict=True)):
             phase = starts.get(instant, phase)
             now = dict(zip(report.timeline.parts, parts, strict=True)) | fixed
-            now["gradient_bytes"] = round(now["gradient_bytes"] * share)
+            # gradients that are still whole are not cut yet
+            uncut = of_largest + of_root if phase in (BACKWARD, RECOMPUTATION) else 0
+            now["gradient_bytes"] = round(max(0, now["gradient_bytes"] - uncut) * share)
             if phase == STEP:
                 now["temporary_bytes"] = round(now["temporary_bytes"] * share)
             now["temporary_bytes"] += whole[phase]
@@ -127,9 +129,15 @@ class ShardedOver:
 
     def _groups(self, model: nn.Module) -> list[Group]:
         """The parameters of each block, each once, and last what is left."""
+        try:
+            blocks = chosen_modules(model, self.groups)
+        except TargetError:
+            if self.groups is not True:
+                raise
+            blocks = {}  # no repeated blocks: one group
         taken: set[int] = set()
         groups = []
-        for module in (*chosen_modules(model, self.groups).values(), model):
+        for module in (*blocks.values(), model):
             group = [p for p in module.parameters() if id(p) not in taken]
             taken |= {id(p) for p in group}
             groups.append(group)
