@@ -10,7 +10,7 @@ Left out on purpose: schedulers, data order and random state, which have small s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peftlib.container import Reading, reading
 from peftlib.errors import CheckpointError, PeftlibError
-from peftlib.storage import is_sharded
+from peftlib.storage import as_bytes, is_sharded, whole
 from peftlib.tuning import Tuning
 
 PREFIX = "optimizer/"
@@ -90,7 +90,7 @@ def load_optimizer(tuning: Tuning, optimizer: torch.optim.Optimizer, path: str |
                     f"{shown} holds the state of {about['class']}; this is {_kind(optimizer)}. Make the same one."
                 )
             names = _names(tuning, optimizer, optimizer.state_dict()["param_groups"])
-            _check_parameters(tuning, names.values(), file, shown)
+            _check_parameters(tuning, list(names.values()), file, shown)
             tensors = file.tensors(n for n in file.entries if n.startswith(PREFIX))
             packed = _packed(about, optimizer, names, tensors, shown)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -186,15 +186,22 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return list({id(p): p for group in optimizer.param_groups for p in group["params"]}.values())
 
 
-def _check_parameters(tuning: Tuning, names: Iterable[str], file: Reading, shown: str) -> None:
-    own: dict[str, Callable[[], Any] | Tensor] = dict(tuning.named_parameters())
+def _check_parameters(tuning: Tuning, names: Sequence[str], file: Reading, shown: str) -> None:
+    """The state is of these values and no others; somebody may have replaced the file since they were loaded."""
+    own = tuning.state_dict()
     for name in names:
-        shape, entry = tuple(own[name].shape), file.entries.get(name)  # type: ignore[union-attr]
+        shape, entry = tuple(own[name].shape), file.entries.get(name)
         if entry is None or entry.shape != shape:
             there = "does not have it" if entry is None else f"has it with shape {entry.shape}"
             raise CheckpointError(
                 f"The tuning {tuning.name!r} trains {name!r} of shape {shape}, and {shown} {there}. Load the tuning "
                 "from that file first."
+            )
+    for name, value in file.tensors(names).items():
+        if as_bytes(value.to(own[name].dtype)) != as_bytes(whole(own[name])):
+            raise CheckpointError(
+                f"The tuning {tuning.name!r} does not have the values of {shown}: {name!r} differs. Load the tuning "
+                "from that file, and give its optimizer the state before training on."
             )
 
 

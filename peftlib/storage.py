@@ -132,7 +132,7 @@ class Stored:
 def _understood(header: bytes, size: int) -> tuple[dict[str, str], dict[str, Entry]]:
     """Metadata and entries of a header that describes exactly ``size`` bytes, without a gap or an overlap."""
     try:
-        values = json.loads(header, object_pairs_hook=_unique)
+        values = json.loads(header.decode(), object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError("its header is nested too deep") from error
     if not isinstance(values, dict):

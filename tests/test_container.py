@@ -1,15 +1,7 @@
 """Files that are whole or absent, and refused when they are anything else."""
 
 import json
-import os
-import resource
-import signal
 import struct
-import subprocess
-import sys
-import textwrap
-import threading
-import time
 
 import pytest
 import torch
@@ -28,14 +20,18 @@ def model():
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
-@pytest.fixture
-def file(tmp_path):
+@pytest.fixture(params=["plain", "optimizer"])
+def file(tmp_path, request):
     path = tmp_path / "t.safetensors"
-    tuning = peftlib.attach(model(), LoRA(rank=1), targets=["0"])
+    base = model()
+    tuning = peftlib.attach(base, LoRA(rank=1), targets=["0"])
     with torch.no_grad():
         for p in tuning.parameters():
             p.normal_()
-    tuning.save(path)
+    optimizer = torch.optim.Adam(tuning.parameters())
+    base(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    tuning.save(path, optimizer=optimizer if request.param == "optimizer" else None)
     return path
 
 
@@ -62,24 +58,16 @@ def rewrite(path, change):
     path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data[8 + size :])
 
 
-def test_every_flipped_byte_is_refused_or_harmless(file):
+def test_every_flipped_byte_is_refused(file):
     data = file.read_bytes()
-    expected, tensors = read(file)
-    harmless = 0
     for i in range(len(data)):
         broken = bytearray(data)
         broken[i] ^= 1 << (i % 8)
         file.write_bytes(broken)
-        try:
-            about, got = read(file)
-        except CheckpointError:
-            continue
-        harmless += 1
-        assert about == expected
-        assert all(torch.equal(got[k], v) for k, v in tensors.items())
-        assert got.keys() == tensors.keys()
-    # What is harmless is padding: a blank turned into another blank.
-    assert harmless < 16
+        with pytest.raises(CheckpointError):
+            read(file)
+    file.write_bytes(data)
+    read(file)
 
 
 def test_every_truncation_is_refused(file):
@@ -180,87 +168,6 @@ def test_any_bytes_are_refused(tmp_path_factory, data):
     path.write_bytes(data)
     with pytest.raises(CheckpointError):
         read(path)
-
-
-def test_unwritable_places_lose_nothing(file, tmp_path):
-    tuning = peftlib.attach(model(), LoRA(rank=1), targets=["0"])
-    with pytest.raises(CheckpointError, match="Cannot write into"):
-        tuning.save(tmp_path / "no" / "such" / "folder.safetensors")
-    with pytest.raises(CheckpointError, match="Cannot write into"):
-        tuning.save(file / "inside-a-file.safetensors")
-    folder = tmp_path / "folder.safetensors"
-    folder.mkdir()
-    with pytest.raises(CheckpointError, match="Cannot write"):
-        tuning.save(folder)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.safetensors", "t.safetensors"]
-
-
-def test_a_full_disk_leaves_the_old_file(file, tmp_path):
-    old = file.read_bytes()
-    script = f"""
-        import resource, signal, torch, peftlib
-        from peftlib import LoRA
-        tuning = peftlib.attach(torch.nn.Linear(4000, 4000), LoRA(rank=64), targets=[""])
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            tuning.save({str(file)!r})
-        except peftlib.PeftlibError as error:
-            print("refused:", error)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
-    )
-    assert "old file" in done.stdout
-    assert file.read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == [file.name]
-    assert resource.getrlimit(resource.RLIMIT_FSIZE) == (-1, -1)
-
-
-def test_killed_savers_never_leave_half_a_file(file):
-    script = f"""
-        import torch
-        from peftlib.container import write
-        tensors = {{"a": torch.zeros(200_000)}}
-        print("ready", flush=True)
-        n = 0
-        while True:
-            n += 1
-            write({str(file)!r}, {{"a": torch.full((200_000,), float(n))}}, {{"n": n}})
-    """
-    seen = set()
-    for _ in range(3):
-        saver = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE)
-        saver.stdout.readline()
-        deadline = time.monotonic() + 0.3
-        while time.monotonic() < deadline:
-            about, tensors = read(file)
-            if "n" in about:
-                assert bool((tensors["a"] == about["n"]).all())
-                seen.add(about["n"])
-        os.kill(saver.pid, signal.SIGKILL)
-        saver.wait()
-        saver.stdout.close()
-        about, tensors = read(file)
-        assert "n" not in about or bool((tensors["a"] == about["n"]).all())
-    assert seen
-
-
-def test_concurrent_savers_leave_one_of_their_files(tmp_path):
-    path = tmp_path / "t.safetensors"
-
-    def save(n):
-        for _ in range(10):
-            write(path, {"a": torch.full((1000,), float(n))}, {"n": n})
-
-    threads = [threading.Thread(target=save, args=(n,)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    about, tensors = read(path)
-    assert bool((tensors["a"] == about["n"]).all())
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path):

@@ -396,6 +396,9 @@ def test_another_optimizer_tuning_or_grouping_is_refused(saved: Any, tmp_path: P
     ):
         with pytest.raises(PeftlibError, match=r"takes a torch.optim.Optimizer; got (type|str)"):
             call()
+    steps(tuning.model, torch.optim.Adam(own), range(1))
+    with pytest.raises(CheckpointError, match=r"does not have the values of .*: '0\.lora\.a' differs"):
+        tuning.load_optimizer(torch.optim.Adam(own), path)
     with pytest.raises(CheckpointError, match="There is no file"):
         tuning.load_optimizer(torch.optim.Adam(own), tmp_path / "none")
 
