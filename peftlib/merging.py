@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from peftlib.errors import PeftlibError, StateError
-from peftlib.methods.base import CHILD, Delta
+from peftlib.methods.base import Delta
 from peftlib.methods.trained import TRAINED
-from peftlib.site import is_open
+from peftlib.site import base_alone, is_open
+from peftlib.storage import is_sharded
 from peftlib.targets import Tree
 
 MERGED = "_peft_merged"
@@ -159,11 +160,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     if not isinstance(model, nn.Module):
         raise PeftlibError(f"merged_state_dict needs an nn.Module; got {type(model).__name__}.")
-    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    for key in [k for k in state if CHILD in k.split(".")]:
-        del state[key]
-    for key in [k for k in getattr(state, "_metadata", ()) if CHILD in k.split(".")]:
-        del state._metadata[key]  # type: ignore[attr-defined]
+    with base_alone():
+        state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     held = {id(tensor) for tensor in state.values()}
     tree = Tree(model)
     with plainly(tree):
@@ -196,6 +194,12 @@ def collect(tree: Tree, chosen: set[int] | None = None) -> list[Change]:
                 change = found.setdefault((id(owner), name), Change(site, [(owner, name)], [], []))
                 change.hosts.append(host)
                 change.steps.append((rows, step))
+    for change in found.values():
+        if is_sharded(change.parameter.data):
+            raise PeftlibError(
+                f"The weight of {_shown(change.site)} is sharded, and so is no whole that an update could be written "
+                "into. Save the tuning, load it into a model that is not sharded, and merge there."
+            )
     users: dict[int, list[tuple[str, nn.Module, str]]] = {id(c.parameter): [] for c in found.values()}
     for site, module in tree.modules.items():
         for name, parameter in module._parameters.items():

@@ -10,6 +10,8 @@ Left out on purpose: which deltas there are and why (``tuning``), and where they
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import sys
 import weakref
@@ -24,6 +26,7 @@ from peftlib.methods.base import CHILD, Delta, plain_class
 from peftlib.open_attention import close_projections, mha_forward, open_projections
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_BASE_ALONE: contextvars.ContextVar[bool] = contextvars.ContextVar("base_alone", default=False)
 _CLASSES: weakref.WeakValueDictionary[tuple[type, frozenset[str]], type] = weakref.WeakValueDictionary()
 
 
@@ -37,11 +40,24 @@ class Deltas(nn.Module):
         # A host that runs over its own children (a loop over self.children()) must not notice this one.
         return x
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return kwargs.get("destination") if _BASE_ALONE.get() else super().state_dict(*args, **kwargs)
+
     def add(self, key: str, delta: Delta) -> None:
         delta.order = self.count
         self.__dict__["count"] = self.count + 1
         # Past add_module's checks: ":" keeps every key apart from nn.Module's own attributes.
         self._modules[key] = delta
+
+
+@contextlib.contextmanager
+def base_alone() -> Iterator[None]:
+    """Within it, state dicts hold the base alone, at no cost for the tunings there are."""
+    token = _BASE_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _BASE_ALONE.reset(token)
 
 
 def open_host(host: nn.Module, *, shadow: str | None = None, hook: bool = False) -> Deltas:

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "site": {"methods.base", "open_attention", "errors"},
     "probe": {"site", "methods.base", "methods.calls", "methods.linear", "attention", "errors"},
     "targets": {"probe", "site", "methods.base", "open_attention", "errors"},
-    "merging": {"targets", "site", "methods.base", "methods.trained", "errors"},
+    "merging": {"targets", "site", "storage", "methods.base", "methods.trained", "errors"},
     "tuning": {"merging", "site", "methods.base", "methods.trained", "errors"},
     "attach": {"tuning", "targets", "probe", "site", "methods", "open_attention", "errors"},
     "fingerprint": {"merging", "targets", "storage", "methods.base", "methods.trained", "errors"},

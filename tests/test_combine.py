@@ -875,3 +875,38 @@ def test_the_sum_beside_hf_peft() -> None:
     assert our_error < 1e-6
     assert ours.combination.error < 1e-6
     assert their_error > 0.5
+
+
+# -- with the rest of the library --------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_batch_are_routed_to_it() -> None:
+    host = HOSTS["decoder"]
+    model = host.model().eval()
+    pair = Pair(host, CASES["lora"])
+    for seed, name in enumerate(("one", "two")):
+        nudge(pair.attach(model, name), seed=seed, size=0.3)
+    peftlib.combine(model, {"one": 0.5, "two": -0.5})
+    alone = {}
+    for name in (None, "one", "combined"):
+        peftlib.use(model, *([name] if name else []))
+        alone[name] = model(*host.example())
+    peftlib.use(model)
+    for names in (["combined", None], ["one", "combined"]):
+        with peftlib.route(model, names):
+            routed = model(*host.example())
+        for i, name in enumerate(names):
+            torch.testing.assert_close(routed[i], alone[name][i])
+
+
+def test_it_travels_in_the_hf_format(tmp_path: Any) -> None:
+    host = HOSTS.get("llama") or pytest.skip("needs transformers")
+    model, fresh = host.model().eval(), host.model().eval()
+    tuned(model, "one", LoRA(rank=2, alpha=3), ["q_proj", "v_proj"])
+    tuned(model, "two", LoRA(rank=1), ["q_proj", "down_proj"])
+    combined = peftlib.combine(model, {"one": 0.5, "two": -1.0})
+    peftlib.use(model, "combined")
+    out = host.run(model)
+    peftlib.hf.save(combined, tmp_path / "mixed")
+    peftlib.hf.load(fresh, tmp_path / "mixed")
+    assert close(host.run(fresh), out)

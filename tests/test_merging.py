@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -551,3 +552,44 @@ def test_channels_last_weights_keep_their_layout() -> None:
     torch.testing.assert_close(model(x), out)
     tuning.unmerge()
     assert model[0].weight.stride() == strides
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """Of one process: what is distributed over it is sharded all the same."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_are_refused(mesh: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = Net()
+    tuning = tuned(model, "t", LoRA(rank=2))
+    model.b.weight = nn.Parameter(
+        distribute_tensor(model.b.weight.data, mesh, [Shard(0)]), requires_grad=False
+    )
+    weight = model.a.weight.clone()
+    for refused in (tuning.merge, lambda: peftlib.merged_state_dict(model)):
+        with pytest.raises(PeftlibError, match="The weight of 'b' is sharded"):
+            refused()
+    assert torch.equal(model.a.weight, weight)
+    delta = model.a._peft._modules["t:lora"]
+    delta.a = nn.Parameter(distribute_tensor(delta.a.data, mesh, [Shard(0)]))
+    with pytest.raises(PeftlibError, match=r"which is sharded\. Combine before fully_shard"):
+        peftlib.combine(model, {"t": 1.0})
+
+
+def test_an_export_looks_at_no_tuning_that_is_not_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, saved = Net(), []
+    for i in range(5):
+        peftlib.attach(model, LoRA(rank=1), name=str(i)).disable()
+    monkeypatch.setattr(LowRank, "state_dict", lambda self, **kwargs: saved.append(self))
+    assert list(peftlib.merged_state_dict(model)) == list(Net().state_dict())
+    assert not saved
+    model.state_dict()
+    assert len(saved) == 10
