@@ -28,7 +28,7 @@ from peftlib.kernels.dropout import draw_seed, dropped, with_spare, zeroed
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FEW = 16
+FEW = 32
 """Rows up to which an autograd function costs more time than it saves."""
 
 
@@ -111,8 +111,13 @@ def _drop(x: Tensor, p: float, pays: bool) -> Tensor:
 def _composed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float) -> Tensor:
     """``y`` plus the update in plain operators."""
     x = F.dropout(x, p) if p else x
-    if a.dtype is x.dtype is y.dtype and x.dim() == y.dim() == 2 and _autocast_dtype(x) is None:
-        return torch.addmm(y, F.linear(x, a), b.t(), alpha=scaling)
+    if a.dtype is x.dtype is y.dtype and _autocast_dtype(x) is None:
+        if torch.compiler.is_compiling() and y.shape[:-1] == x.shape[:-1]:
+            # The layout of the autograd function: with Bᵀ contiguous, the backward that autograd derives has it too.
+            s_RN = F.linear(a, _rows(x))
+            return torch.addmm(_rows(y), s_RN.t(), b.t().contiguous(), alpha=scaling).view(y.shape)
+        if x.dim() == y.dim() == 2:
+            return torch.addmm(y, F.linear(x, a), b.t(), alpha=scaling)
     # A factor's dtype never becomes the model's.
     return y + reference.low_rank(x, a.to(x.dtype), b.to(x.dtype), scaling).to(y.dtype)
 
@@ -164,8 +169,9 @@ class _LowRank(torch.autograd.Function):
     ) -> Tensor:
         ctx.settings = scaling, p, seed
         x_NI = _rows(x)
-        s_RN = F.linear(a, zeroed(x_NI, dropped(seed, x.numel(), p, x.device)) if p else x_NI)
-        _scale(s_RN, scaling / (1 - p))
+        s_RN = _scaled(
+            a, zeroed(x_NI, dropped(seed, x.numel(), p, x.device)) if p else x_NI, scaling / (1 - p)
+        )
         if y is None:
             assert weight is not None
             out = F.linear(x, weight, bias)
@@ -194,7 +200,7 @@ class _LowRank(torch.autograd.Function):
         dx = da = db = dweight = dbias = None
         x_NI, dy_NO = _rows(x), _rows(dy)
         if need_x or need_a:
-            g_RN = _scale(F.linear(b.t(), dy_NO), scaling / (1 - p))
+            g_RN = _scaled(b.t(), dy_NO, scaling / (1 - p))
             if need_a:
                 da = g_RN @ (x_NI if positions is None else zeroed(x_NI, positions))
             if need_x:
@@ -208,8 +214,13 @@ class _LowRank(torch.autograd.Function):
         return dx, da, db, dweight, dbias, *rest
 
 
-def _scale(small: Tensor, scaling: float) -> Tensor:
-    return small.mul_(scaling) if scaling != 1 else small
+def _scaled(factor_RC: Tensor, rows_NC: Tensor, scaling: float) -> Tensor:
+    """``s factor rowsᵀ``, (R, N)."""
+    if scaling == 1:
+        return F.linear(factor_RC, rows_NC)
+    # beta=0: what the new memory holds is not read
+    out_RN = rows_NC.new_empty(factor_RC.shape[0], rows_NC.shape[0])
+    return out_RN.addmm_(factor_RC, rows_NC.t(), beta=0, alpha=scaling)
 
 
 def _input_gradient(

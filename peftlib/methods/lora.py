@@ -170,11 +170,11 @@ class LinearLoRA(LowRank):
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.rows or self.magnitude is not None:
             return super().forward(base, *args, **kwargs)
-        x = first_argument(args, kwargs)
         p = self.p if self.training else 0.0
         if type(base) is partial and base.func in _OPEN_LINEARS and len(args) == 1:
             host: Any = self._host[0]
-            return low_rank_linear(x, host.weight, host.bias, self.a, self.b, self.scaling, p)
+            return low_rank_linear(args[0], host.weight, host.bias, self.a, self.b, self.scaling, p)
+        x = first_argument(args, kwargs)
         add: Callable[[Tensor], Tensor] = lambda y: add_low_rank(y, x, self.a, self.b, self.scaling, p)  # noqa: E731
         return map_first(base(*args, **kwargs), add)
 
