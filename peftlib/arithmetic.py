@@ -11,6 +11,7 @@ not the weighted sum of what they do. DoRA's update rescales whole rows of the w
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -145,7 +146,7 @@ def combine(
     built = [part.prefix for part in tuning.parts if part.built]
     errors = {site: _ratio(*apart[prefix]) for site, prefix in zip(tuning.sites, built, strict=True)}
     total = _ratio(*(math.hypot(*column) for column in zip(*apart.values(), strict=True)))
-    tuning.combination = Combination(how, dict(weights), errors, total)
+    tuning.combination = Combination(how, {n: float(w) for n, w in weights.items()}, errors, total)
     return tuning
 
 
@@ -162,7 +163,7 @@ def _gather(weights: Mapping[str, float], tunings: Mapping[str, Tuning]) -> dict
                     f"{why}"
                 )
             if weight:
-                found.setdefault((part.name, kind), []).append((weight, part))
+                found.setdefault((part.name, kind), []).append((float(weight), part))
     return found
 
 
@@ -219,7 +220,7 @@ def _check(
                 f"The model has no tuning {key!r}; it has: {', '.join(map(repr, have)) or 'none'}. A tuning to combine "
                 "has to be on the model; load() it first."
             )
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
             raise PeftlibError(f"The weight of {key!r} must be a finite number; got {weight!r}.")
     if not any(weights.values()):
         raise PeftlibError(

@@ -8,6 +8,7 @@ once. Nothing here depends on how many tunings there are, only on those that are
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,15 +58,15 @@ class Change:
             PeftlibError: it is not finite.
         """
         old = self.parameter.detach()
-        new = old
-        for rows, step in self.steps:
-            if rows is None:
-                # Between several steps nothing is rounded.
-                new = step(new if len(self.steps) == 1 else new.to(_wide(old)))
-            else:
-                if new is old:
-                    new = old.to(_wide(old), copy=True)
-                new[rows] = step(new[rows])
+        new = self._by_rows(old)
+        if new is None:
+            # Between several steps nothing is rounded.
+            new = old if len(self.steps) == 1 else old.to(_wide(old), copy=True)
+            for rows, step in self.steps:
+                if rows is None:
+                    new = step(new)
+                else:
+                    new[rows] = step(new[rows])
         same = new.is_meta or new.untyped_storage().data_ptr() == old.untyped_storage().data_ptr()
         if same or new.dtype != old.dtype or new.stride() != old.stride():
             new = torch.empty_like(old).copy_(new)
@@ -74,6 +75,22 @@ class Change:
                 f"Merging into {_shown(self.site)} gives values that are not finite. The model is unchanged; look for "
                 "NaN in the tuning, or scale it down."
             )
+        return new
+
+    def _by_rows(self, old: Tensor) -> Tensor | None:
+        """The new value where every step has rows of its own (projections fused into one weight), each written once."""
+        spans = sorted(
+            (rows.start, rows.stop, i) for i, (rows, _) in enumerate(self.steps) if rows is not None
+        )
+        apart = all(stop <= start for (_, stop, _), (start, *_) in itertools.pairwise(spans))
+        if len(spans) < len(self.steps) or not apart:
+            return None
+        new, at = torch.empty_like(old), 0
+        for start, stop, i in spans:
+            new[at:start] = old[at:start]
+            new[start:stop] = self.steps[i][1](old[start:stop])
+            at = stop
+        new[at:] = old[at:]
         return new
 
 

@@ -638,6 +638,29 @@ def test_a_combination_can_be_combined() -> None:
         )
 
 
+def test_weights_of_any_kind_of_number() -> None:
+    model = Net()
+    tuned(model, "one")
+    expected = peftlib.combine(model, {"one": 2.0}, name="float")
+    for name, weight in (("int", 2), ("narrow", np.float32(2)), ("whole", np.int64(2))):
+        found = peftlib.combine(model, {"one": weight}, name=name)
+        assert same(
+            dict(enumerate(found.state_dict().values())), dict(enumerate(expected.state_dict().values()))
+        )
+        assert found.combination == expected.combination
+
+
+def test_an_attention_closes_when_the_last_of_them_leaves() -> None:
+    model, fresh, targets, x = made("attention")
+    three(model, targets)
+    peftlib.combine(model, WEIGHTS)
+    for tuning in reversed(list(peftlib.tunings(model).values())):
+        tuning.detach()
+    assert type(model.attn) is nn.MultiheadAttention
+    assert list(model.state_dict()) == list(fresh.state_dict())
+    assert torch.equal(model(x), fresh(x))
+
+
 def test_merged_tunings_count_with_what_they_do() -> None:
     model = Net().double()
     tuned(model, "one")

@@ -207,6 +207,25 @@ def test_attention_projections_of_several_tunings() -> None:
     torch.testing.assert_close(exported(model, fresh)(x, x, x)[0], model(x, x, x)[0], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj", "k_proj"], ["k_proj", "out_proj"], ["attn"]])
+def test_projections_fused_into_one_weight(targets: list[str]) -> None:
+    """Each row of the fused weight is written once, those of no projection as they were."""
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True)}).bfloat16()
+    tuning = tuned(model, "t", LoRA(rank=2, alpha=3), targets=targets)
+    expected = {k: v.clone() for k, v in model.state_dict().items() if "_peft" not in k}
+    for site in tuning.sites:
+        which = "qkv".find(site.rpartition(".")[2][0])
+        a, b = (tuning.state_dict()[f"{site}.lora.{k}"].double() for k in "ab")
+        key = "attn.out_proj.weight" if which < 0 else "attn.in_proj_weight"
+        part = expected[key] if which < 0 else expected[key][8 * which : 8 * which + 8]
+        part.copy_((part.double() + 1.5 * b @ a).bfloat16())
+    state = peftlib.merged_state_dict(model)
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value, rtol=2**-8, atol=0)
+    tuning.merge()
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+
+
 def test_what_is_trained_in_place_is_in_the_export() -> None:
     model, fresh = Net(), Net()
     tuned(model, "full", PartialFineTuning(targets=["a"]))
