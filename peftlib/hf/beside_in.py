@@ -126,6 +126,11 @@ def check_rest(config: Config, rest: Mapping[str, Tensor], tree: Tree) -> None:
         own = None if module is None else module._parameters.get(name, module._buffers.get(name))
         if own is None:
             raise CheckpointError(f"{config.weights} has {key!r}, which is no part of what {CONFIG} says.")
+        if own.is_meta:
+            raise CheckpointError(
+                f"{config.weights} repeats the base's {key!r}, which is on the meta device, so that they cannot be "
+                "compared. Give the model its values first, then load."
+            )
         if own.shape != value.shape or not torch.equal(own.detach().to(value), value):
             raise CheckpointError(
                 f"{config.weights} replaces the base's {key!r} of shape {tuple(own.shape)} by other values of shape "

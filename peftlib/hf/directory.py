@@ -115,9 +115,13 @@ def read(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
 
 def _what_is_missing(folder: Path) -> str:
     if not (folder / CONFIG).exists():
-        interrupted = (folder / WEIGHTS).exists()
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
         return f"There is no {CONFIG} in {str(folder)!r}." + (
-            " A save into it may have been interrupted. Save again." if interrupted else ""
+            " A save into it may have been interrupted. Save again."
+            if (folder / WEIGHTS).exists()
+            else f" There is one in its folder(s) {', '.join(map(repr, inside))}; name one of those."
+            if inside
+            else ""
         )
     pickled = sorted(p.name for p in folder.glob("adapter_model.*"))
     return f"There is no {WEIGHTS} in {str(folder)!r}." + (

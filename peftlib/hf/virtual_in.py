@@ -150,7 +150,11 @@ def _counted_at(config: Config, tree: Tree, example: Any) -> str:
     if not isinstance(ids, Tensor) or ids.dim() < 2:
         raise ProbeError("A prefix needs an example with input_ids, as a tensor or a dict.")
     if any(t.is_meta for t in model.parameters()):
-        return ""
+        raise config.error(
+            "peft_type",
+            "how the model counts positions shows in what it computes, and it is on the meta device. Give it its "
+            "values first, then load the prefix.",
+        )
     mask = torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
     mask[:, 0] = 0
     call: dict[str, Any] = {
