@@ -170,9 +170,9 @@ def _replace(folder: Path, config: bytes, *weights: bytes | memoryview) -> None:
     # What can fail for want of room or rights comes first.
     with staged(folder / WEIGHTS, *weights) as new_weights, staged(path, config) as new_config:
         with _locked(folder, exclusive=True):
+            # No sync in between: it would make the moment a thousand times longer, and journals keep this order.
             if not path.exists() or path.read_bytes() != config:
                 path.unlink(missing_ok=True)
-                sync_folder(folder)
             new_weights.replace(folder / WEIGHTS)
             new_config.replace(path)
             sync_folder(folder)
