@@ -15,9 +15,9 @@ from peftlib.methods.base import Method, Site
 from peftlib.methods.full import FullFineTuning
 from peftlib.methods.new_head import NewHead
 from peftlib.open_attention import Projection
-from peftlib.site import can_open_attention, close_host, open_host, set_active
+from peftlib.site import TUNINGS, can_open_attention, close_host, open_host, set_active
 from peftlib.targets import Tree, describe, select
-from peftlib.tuning import TUNINGS, Part, Tuning, check_no_route, hold_flags, registry, restore_flags
+from peftlib.tuning import Part, Tuning, check_no_route, hold_flags, registry, restore_flags
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe

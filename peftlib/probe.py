@@ -28,7 +28,7 @@ from peftlib.errors import ProbeError
 from peftlib.methods.base import CHILD, Site, first_tensor
 from peftlib.methods.calls import tensors_of
 from peftlib.methods.linear import linear_shape
-from peftlib.site import can_open_attention, close_host, deltas, is_open, open_host
+from peftlib.site import TUNINGS, Deltas, can_open_attention, close_host, deltas, is_open, open_host
 
 
 @dataclass
@@ -236,16 +236,23 @@ def _cloned(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A deep copy whose parameters and buffers are replaced by ``tensor(original)``."""
+def structural_copy(
+    model: nn.Module, tensor: Callable[[Tensor], Tensor], *, idle: bool = False
+) -> nn.Module:
+    """A deep copy whose parameters and buffers are replaced by ``tensor(original)``.
+
+    Without ``idle`` the tunings that are off are left out, so that it costs the same however many there are.
+    """
     memo: dict[int, Any] = {}
     keep = []  # the originals' ids must not be reused while the memo lives
-    modules = []
-    for module in _awake(model, set()):
-        modules.append(module)
-        for delta in _idle(module):
-            # Does not run, so it may be the original: the copy costs the same however many tunings there are.
-            memo[id(delta)] = delta
+    modules = list(model.modules() if idle else _awake(model, set()))
+    emptied: list[tuple[nn.Module, Deltas]] = []
+    for module in modules:
+        if is_open(module) and not idle:
+            emptied.append((module, Deltas()))
+            memo[id(deltas(module))] = emptied[-1][1]
+        if TUNINGS in module.__dict__:
+            memo[id(module.__dict__[TUNINGS])] = {}
     for module in modules:
         for own in (*module._parameters.values(), *module._buffers.values()):
             if own is None or id(own) in memo:
@@ -274,7 +281,10 @@ def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.
                         keep.append(value)
                         memo[id(value)] = value
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
+        for host, own in emptied:
+            own._modules.update({key: copy.deepcopy(delta, memo) for key, delta in _running(host).items()})
+        return copied
     except Exception as error:
         raise ProbeError(
             f"{type(model).__name__} cannot be copied for the fake forward ({type(error).__name__}: "
@@ -284,21 +294,22 @@ def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.
         ) from error
 
 
-def _idle(host: nn.Module) -> list[nn.Module]:
-    """The deltas at an open host that are switched off."""
-    if not is_open(host):
-        return []
+def _running(host: nn.Module) -> dict[str, nn.Module]:
+    """The deltas at an open host that are on, and those that only hold tensors, which others may need."""
     chains = (host.__dict__["_peft_active"], *host.__dict__["_peft_weights"].values())
-    running = {id(delta) for chain in chains for delta in chain}
-    return [d for d in deltas(host).children() if not d.passive and id(d) not in running]
+    on = {id(delta) for chain in chains for delta in chain}
+    own: dict[str, Any] = deltas(host)._modules
+    return {key: delta for key, delta in own.items() if id(delta) in on or delta.passive}
 
 
 def _awake(module: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
-    """All modules inside but the idle deltas."""
+    """All modules inside but the deltas that are off."""
     seen.add(id(module))
     yield module
-    seen.update(id(delta) for delta in _idle(module))
-    for child in module._modules.values():
+    own: dict[str, Any] = module._modules
+    if is_open(module):
+        own = {key: child for key, child in own.items() if key != CHILD} | _running(module)
+    for child in own.values():
         if child is not None and id(child) not in seen:
             yield from _awake(child, seen)
 

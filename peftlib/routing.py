@@ -21,7 +21,7 @@ from peftlib.methods.base import Delta
 from peftlib.methods.rowwise import AXES, Rows
 from peftlib.probe import Call
 from peftlib.site import set_chain
-from peftlib.tuning import ROUTE, Tuning, registry, use
+from peftlib.tuning import ROUTE, Tuning, enabled, registry, use
 
 
 class route:
@@ -85,7 +85,7 @@ class route:
         have = registry(model)
         if ROUTE in model.__dict__:
             raise StateError("The model is in a route already; leave that context first.")
-        merged = [n for n, t in have.items() if t.merged]
+        merged = [n for n in enabled(model) if have[n].merged]
         if merged:
             raise StateError(
                 f"The tuning {merged[0]!r} is merged into the weights, which all rows share; unmerge() it first."

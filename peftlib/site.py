@@ -25,6 +25,8 @@ from peftlib.errors import PeftlibError
 from peftlib.methods.base import CHILD, Delta, plain_class
 from peftlib.open_attention import close_projections, mha_forward, open_projections
 
+TUNINGS = "_peft_tunings"
+"""Attribute of a root: its tunings by name."""
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _BASE_ALONE: contextvars.ContextVar[bool] = contextvars.ContextVar("base_alone", default=False)
 _CLASSES: weakref.WeakValueDictionary[tuple[type, frozenset[str]], type] = weakref.WeakValueDictionary()

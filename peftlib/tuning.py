@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,14 @@ from peftlib.errors import CheckpointError, PeftlibError, StateError
 from peftlib.merging import MERGED, Kept, merge, put_back
 from peftlib.methods.base import Delta, Method
 from peftlib.methods.trained import hold_statistics, release_statistics
-from peftlib.site import check_closable, close_host, deltas, set_active
+from peftlib.site import TUNINGS, check_closable, close_host, deltas, set_active
 
 if TYPE_CHECKING:
     from peftlib.arithmetic import Combination
 
-TUNINGS = "_peft_tunings"
 FLAGS = "_peft_flags"
+ENABLED = "_peft_enabled"
+"""Attribute of a model: the names of its enabled tunings, so that no switch has to look at all there are."""
 ROUTE = "_peft_route"
 """Attribute of a model within ``route``, whose chains nothing else may change."""
 
@@ -77,7 +78,6 @@ class Tuning:
         self.model = model
         self.parts = parts
         self.skipped = dict(skipped)
-        self.enabled = False
         self.attached = True
         self.combination: Combination | None = None
         self._kept: list[Kept] = []
@@ -87,6 +87,20 @@ class Tuning:
             return f"Tuning({self.name!r}, detached)"
         state = "merged" if self.merged else "enabled" if self.enabled else "disabled"
         return f"Tuning({self.name!r}, {len(self.sites)} sites, {self.num_parameters:,} parameters, {state})"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the tuning acts."""
+        return self.attached and self.name in enabled(self.model)
+
+    def _note(self, on: bool) -> None:
+        names = self.model.__dict__.setdefault(ENABLED, {})
+        if on:
+            names[self.name] = None
+        else:
+            names.pop(self.name, None)
+        if not names:
+            del self.model.__dict__[ENABLED]
 
     @property
     def sites(self) -> dict[str, Method]:
@@ -206,7 +220,7 @@ class Tuning:
         if not self.enabled and not self.merged:
             self._check_switch(True)
             self._switch(True)
-        self.enabled = True
+        self._note(True)
         return self
 
     def disable(self) -> Tuning:
@@ -220,7 +234,7 @@ class Tuning:
         if self.enabled:
             self._check_switch(False)
             self._switch(False)
-        self.enabled = False
+        self._note(False)
         return self
 
     def _check_switch(self, on: bool) -> None:
@@ -381,6 +395,11 @@ def registry(model: nn.Module) -> dict[str, Tuning]:
     return model.__dict__.get(TUNINGS, {})
 
 
+def enabled(model: nn.Module) -> Collection[str]:
+    """Names of the enabled tunings, in the order in which they were enabled."""
+    return model.__dict__.get(ENABLED, {})
+
+
 def tunings(model: nn.Module) -> dict[str, Tuning]:
     """The tunings on a model by name, in the order they were attached.
 
@@ -427,7 +446,7 @@ class use:
                     f"The model has no tuning {name!r}; it has: {', '.join(map(repr, have)) or 'none'}."
                 )
         self._model = model
-        self._before = [n for n, t in have.items() if t.enabled]
+        self._before = list(enabled(model))
         _enable_only(have, self._before, names)
 
     def __enter__(self) -> use:
@@ -435,7 +454,7 @@ class use:
 
     def __exit__(self, *exc: object) -> None:
         have = registry(self._model)
-        now = [n for n, t in have.items() if t.enabled]
+        now = list(enabled(self._model))
         _enable_only(have, now, [n for n in self._before if n in have])
 
 

@@ -823,3 +823,20 @@ def test_cuda():
     report = check(measure_memory(train_step(model, x, ADAMW(model.parameters())), model=model))
     assert report.device == "cuda:0"
     assert report.cuda_peak_bytes >= report.peak_bytes
+
+
+def test_tunings_that_are_off_take_their_bytes_in_the_estimate_too():
+    def make():
+        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        for name in "ab":
+            peftlib.attach(model, peftlib.LoRA(rank=2), targets=[nn.Linear], name=name)
+        peftlib.use(model, "b")
+        return model
+
+    x = torch.randn(3, 16)
+    model = make()
+    for parameter in peftlib.tunings(model)["a"].parameters():
+        parameter.requires_grad_(False)
+    estimate = estimate_memory(model, x)
+    peftlib.tunings(model)["a"].detach()
+    assert estimate.frozen_bytes - estimate_memory(model, x).frozen_bytes == 4 * 2 * (16 + 16 + 16 + 4)

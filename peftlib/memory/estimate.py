@@ -91,7 +91,7 @@ def estimate_memory(
     args, kwargs = as_call(example)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = Faked(mode)
-    copy = structural_copy(model, fake)
+    copy = structural_copy(model, fake, idle=True)
     args, kwargs = pytree.tree_map_only(Tensor, fake, (args, kwargs))
     trained = [parameter for parameter in copy.parameters() if parameter.requires_grad]
     if not trained:
