@@ -236,9 +236,7 @@ def _cloned(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def structural_copy(
-    model: nn.Module, tensor: Callable[[Tensor], Tensor], *, idle: bool = False
-) -> nn.Module:
+def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor], *, idle: bool = False) -> nn.Module:
     """A deep copy whose parameters and buffers are replaced by ``tensor(original)``.
 
     Without ``idle`` the tunings that are off are left out, so that it costs the same however many there are.
@@ -282,8 +280,8 @@ def structural_copy(
                         memo[id(value)] = value
     try:
         copied = copy.deepcopy(model, memo)
-        for host, own in emptied:
-            own._modules.update({key: copy.deepcopy(delta, memo) for key, delta in _running(host).items()})
+        for host, stand_in in emptied:
+            stand_in._modules.update({key: copy.deepcopy(delta, memo) for key, delta in _running(host).items()})
         return copied
     except Exception as error:
         raise ProbeError(

@@ -180,6 +180,9 @@ class route:
                     f"output), and {without[0]!r} does not do the same at {name or 'the root'!r}. Give every row a "
                     "tuning of that kind and length."
                 )
+            if len(group) == 1 and not without:
+                yield next(iter(group.values()))
+                continue
             index = {k: i for i, k in enumerate(group)}
             rows = Rows(
                 self._hosts[name],

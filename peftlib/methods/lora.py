@@ -200,7 +200,7 @@ class LinearLoRA(LowRank):
         at = rows.axis(x)
         a_BRI = rows.stacked("a", lambda d: d.a)
         b_BRO = rows.stacked("b", lambda d: d.b.T)
-        scale = rows.scalars("scaling", x.dtype, x.device)
+        scale = rows.scalars("scaling", x)
         output = base(*args, **kwargs)
 
         def add(y: Tensor) -> Tensor:

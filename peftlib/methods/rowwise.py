@@ -75,6 +75,15 @@ class Axes:
         return any(axis.folded for side in (self.input, self.output) for axis in side.values())
 
 
+@dataclass
+class _Kept:
+    """What :meth:`Rows.stacked` made, and of what."""
+
+    sources: Sequence[Tensor]
+    versions: Sequence[int]
+    stacked: Tensor
+
+
 class Rows:
     """Which of several like deltas each row of a batch takes; it runs in their stead.
 
@@ -102,8 +111,9 @@ class Rows:
         self.name, self.deltas, self.batch_dim, self.shared = name, tuple(deltas), batch_dim, shared
         self.which = tuple(len(self.deltas) if i is None else i for i in which)
         self.partial = any(i is None for i in which)
-        self._kept: dict[str, tuple[Any, Tensor]] = {}
+        self._kept: dict[str, _Kept] = {}
         self._constants: dict[Any, Tensor] = {}
+        self._numbers: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.which)
@@ -156,22 +166,26 @@ class Rows:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._kept.clear()
             return self._stack(read)
-        of = [t for d in self.deltas for t in (d.parameters() if sources is None else sources(d))]
-        if any(t.is_inference() for t in of):
-            return self._stack(read)
-        key = (of[0].dtype, of[0].device, [t._version for t in of])
         kept = self._kept.get(what)
-        if kept is None or kept[0] != key:
-            kept = self._kept[what] = (key, self._stack(read))
-        return kept[1]
+        if kept is not None and kept.versions == [t._version for t in kept.sources]:
+            return kept.stacked
+        stacked = self._stack(read)
+        found = [t for d in self.deltas for t in (d.parameters() if sources is None else sources(d))]
+        if not any(t.is_inference() for t in found):  # these have no versions
+            self._kept[what] = _Kept(found, [t._version for t in found], stacked)
+        return stacked
 
-    def scalars(self, what: str, dtype: torch.dtype, device: torch.device) -> Any:
-        """A number of each delta: one for all rows, or (B, 1, 1)."""
-        numbers = [getattr(d, what) for d in self.deltas]
-        if len(set(numbers)) == 1:
-            return numbers[0]
-        own = [[*numbers, 0.0][i] for i in self.which]
-        return self.constant(own, device).to(dtype).view(-1, 1, 1)
+    def scalars(self, what: str, like: Tensor) -> Any:
+        """A number that each delta has: one for all rows, or (B, 1, 1)."""
+        if what not in self._numbers:
+            numbers = [getattr(d, what) for d in self.deltas]
+            self._numbers[what] = (
+                numbers[0] if len(set(numbers)) == 1 else [[*numbers, 0.0][i] for i in self.which]
+            )
+        found = self._numbers[what]
+        if not isinstance(found, list):
+            return found
+        return self.constant(found, like.device).to(like.dtype).view(-1, 1, 1)
 
     def _stack(self, read: Callable[[Any], Tensor]) -> Tensor:
         tensors_UN = [read(d) for d in self.deltas]
