@@ -54,6 +54,10 @@ def make_model(blocks: int = BLOCKS, width: int = WIDTH) -> nn.Module:
     return nn.Sequential(*(Block(width) for _ in range(blocks)))
 
 
+def width_of(model: nn.Module) -> int:
+    return next(model.parameters()).shape[1]
+
+
 def milliseconds(run: Callable[[], Any], rounds: int) -> float:
     """Median processor time of a call."""
     spent = []
@@ -70,7 +74,7 @@ def ours(counts: Sequence[int], folder: Path, rounds: int) -> Iterator[dict[str,
     made = peftlib.attach(model, peftlib.LoRA(rank=RANK), name="made")
     made.save(path)
     made.detach()
-    x = torch.randn(1, WIDTH)
+    x = torch.randn(1, width_of(model))
     floor = milliseconds(path.read_bytes, rounds)
     for count in counts:
         for i in range(len(peftlib.tunings(model)), count):
@@ -111,7 +115,7 @@ def theirs(counts: Sequence[int], folder: Path, rounds: int) -> Iterator[dict[st
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, init_lora_weights=False)
     model: Any = peft.get_peft_model(make_model(), config, adapter_name="t0")
     model.save_pretrained(str(folder), selected_adapters=["t0"])
-    x = torch.randn(1, WIDTH)
+    x = torch.randn(1, width_of(model))
     have = 1
     for count in counts:
         for i in range(have, count):
@@ -149,14 +153,13 @@ def theirs(counts: Sequence[int], folder: Path, rounds: int) -> Iterator[dict[st
 def routed(counts: Sequence[int], rounds: int, tokens: int) -> Iterator[dict[str, Any]]:
     """A batch of 32 rows through several tunings, against the same batch through one, and through the base."""
     model = make_model(blocks=2, width=768)
-    width = next(model.parameters()).shape[1]
     for i in range(max(counts)):
         tuning = peftlib.attach(model, peftlib.LoRA(rank=8), name=f"t{i}")
         for name, parameter in tuning.named_parameters():
             if name.endswith(".b"):
                 nn.init.normal_(parameter)
         tuning.disable()
-    x = torch.randn(32, tokens, width)
+    x = torch.randn(32, tokens, width_of(model))
     spent: dict[Any, list[float]] = {"base": [], "one": [], **{count: [] for count in counts}}
 
     def timed(key: Any) -> None:
@@ -213,8 +216,8 @@ def tables(rows: list[dict[str, Any]], batches: list[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tunings", description=__doc__.split("\n")[0])
-    parser.add_argument("--counts", default="1,10,100,1000", help="numbers of tunings (default: %(default)s)")
-    parser.add_argument("--peers", action="store_true", help="HF peft as well, up to 100 tunings")
+    parser.add_argument("--counts", default="1,10,50,1000", help="numbers of tunings (default: %(default)s)")
+    parser.add_argument("--peers", action="store_true", help="HF peft as well, up to 50 tunings")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("tunings"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -223,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = list(ours(counts, Path(folder), args.rounds))
         if args.peers:
-            rows += theirs([n for n in counts if n <= 100], Path(folder), args.rounds)
+            rows += theirs([n for n in counts if n <= 50], Path(folder), args.rounds)
     batches = [row for tokens in (1, 64) for row in routed((1, 8, 32), args.rounds, tokens)]
     shown = tables(rows, batches)
     print(shown)
