@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +36,8 @@ def test_it_measures_hf_peft_as_well(tmp_path):
     (row,) = tunings.theirs([2], tmp_path, 1)
     assert row["tunings"] == 2
     assert min(row["load"], row["switch"], row["disabled"], row["save"]) > 0
+
+
+def test_the_page_shows_the_committed_results():
+    root = Path(__file__).parent.parent
+    assert (root / "benchmarks/results/tunings.txt").read_text() in (root / "docs/serving.md").read_text()
