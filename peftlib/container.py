@@ -34,7 +34,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Ma
     Raises:
         CheckpointError: the folder or disk refuses; an old file of that name is then untouched.
     """
-    entries, data = laid_out(tensors)
+    # A copy: who trains on in another thread must not come between a sum and what it is of.
+    entries, data = laid_out({k: t.detach().to("cpu", copy=True) for k, t in tensors.items()})
     metadata = {
         "checksum": _ZEROS,
         "format": FORMAT,

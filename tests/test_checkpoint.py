@@ -12,9 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftlib
-from peftlib import Adapter, BitFit, FullFineTuning, LoRA, NewHead, PeftlibError, PrefixTuning, PTuningV2
+from peftlib import (
+    Adapter,
+    BitFit,
+    FullFineTuning,
+    LoRA,
+    NewHead,
+    PeftlibError,
+    PrefixTuning,
+    PromptTuning,
+    PTuningV1,
+    PTuningV2,
+    TokenRows,
+)
 from peftlib.container import Reading, read, write
 from peftlib.errors import CheckpointError, StateError
 from peftlib.fingerprint import fingerprint
@@ -38,7 +51,7 @@ class Net(nn.Module):
         return self.head(self.norm(x + self.down(self.up(x).relu())))
 
 
-IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+IDS = torch.tensor([[1, 5, 3], [4, 5, 6]])
 
 PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lora": (LoRA(rank=2, alpha=5.0, use_rslora=True), {}),
@@ -50,6 +63,10 @@ PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapter": (Adapter(dim=3, placement="parallel", scale=2.0), {"targets": ["up"], "example": IDS}),
     "prefix": (PrefixTuning(length=2, hidden=3), {"example": IDS}),
     "prompts": (PTuningV2(length=2, dropout=0.2), {"example": IDS}),
+    "prompt": (PromptTuning(length=2), {"example": IDS}),
+    "encoder": (PTuningV1(length=2, hidden=3), {"example": IDS}),
+    "template": (PTuningV1(length=1, encoder="mlp", hidden=3, placeholder_id=5), {}),
+    "tokens": (TokenRows(ids=[7, 5]), {}),
     "full": (FullFineTuning(), {}),
     "bitfit": (BitFit(), {}),
     "head": (LoRA(rank=2, head=NewHead(3)), {"targets": ["up"], "example": IDS}),
@@ -396,3 +413,49 @@ def test_forged_hashes_are_refused(tmp_path: Path) -> None:
         write(path, tensors, {**about, "base": {**about["base"], "values": values}})
         with pytest.raises(CheckpointError, match="one hash for each parameter"):
             peftlib.load(Net(), path)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor with values that is made within."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                self.nbytes = max(self.nbytes, tensor.nbytes)
+        return out
+
+
+def bent(value: Any, by: int) -> Any:
+    """Every number in nested lists and objects made huge."""
+    if isinstance(value, dict):
+        return {k: bent(v, by) for k, v in value.items()}
+    if isinstance(value, list):
+        return [bent(v, by) for v in value]
+    return value * by if type(value) is int and value > 0 else value
+
+
+@pytest.mark.parametrize("plan", list(PLANS))
+def test_sizes_that_a_file_only_claims_are_never_allocated(plan: str, tmp_path: Path) -> None:
+    method, options = PLANS[plan]
+    path = tmp_path / "t.safetensors"
+    fresh = Net()
+    before, kinds = snapshot(fresh), classes(fresh)
+    peftlib.attach(Net(), method, **options).save(path)
+    about, tensors = read(path)
+    refusals = 0
+    for part in range(len(about["plan"])):
+        for field in ("config", "sites"):
+            changed = copy.deepcopy(about)
+            changed["plan"][part][field] = bent(changed["plan"][part][field], 10**9)
+            if changed == about:
+                continue
+            write(path, tensors, changed)
+            with Largest() as seen, pytest.raises(PeftlibError):
+                peftlib.load(fresh, path)
+            assert seen.nbytes < 1e5
+            assert_untouched(fresh, before, kinds)
+            refusals += 1
+    assert refusals or plan in ("full", "bitfit")

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zlib
 
 import pytest
 import torch
@@ -168,6 +169,23 @@ def test_any_bytes_are_refused(tmp_path_factory, data):
     path.write_bytes(data)
     with pytest.raises(CheckpointError):
         read(path)
+
+
+def test_a_tuning_that_changes_while_it_is_saved_makes_a_whole_file(tmp_path, monkeypatch):
+    tensors = {"a": torch.zeros(1000), "b": torch.zeros(1000)}
+    plain = zlib.crc32
+
+    def summed_and_trained_on(*args):
+        total = plain(*args)
+        for t in tensors.values():
+            t.add_(1)
+        return total
+
+    monkeypatch.setattr(zlib, "crc32", summed_and_trained_on)
+    write(tmp_path / "t.safetensors", tensors, {})
+    monkeypatch.undo()
+    _, found = read(tmp_path / "t.safetensors")
+    assert all(bool((t == t[0]).all()) for t in found.values())
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path):

@@ -164,10 +164,10 @@ def start_rows(rows_PD: Tensor, init: Any, table: nn.Module | None) -> None:
             raise PeftlibError(
                 f"init= names the token id {int(unknown[0])}; the vocabulary has {weight.shape[0]}."
             )
-    elif init == "vocab" and weight is not None:
-        ids = torch.randint(weight.shape[0], (rows_PD.shape[0],))
     if rows_PD.is_meta or (weight is not None and weight.is_meta):
         return
+    if init == "vocab" and weight is not None:
+        ids = torch.randint(weight.shape[0], (rows_PD.shape[0],))
     if ids is not None:
         rows_PD.copy_(weight[ids.to(weight.device)])
     else:
