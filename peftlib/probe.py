@@ -281,7 +281,9 @@ def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor], *, idl
     try:
         copied = copy.deepcopy(model, memo)
         for host, stand_in in emptied:
-            stand_in._modules.update({key: copy.deepcopy(delta, memo) for key, delta in _running(host).items()})
+            stand_in._modules.update(
+                {key: copy.deepcopy(delta, memo) for key, delta in _running(host).items()}
+            )
         return copied
     except Exception as error:
         raise ProbeError(

@@ -678,3 +678,27 @@ def test_generation_with_a_cache():
             one = model.generate(ids[i : i + 1], attention_mask=torch.ones(1, 5, dtype=torch.long), **options)
         assert torch.equal(together[i], one[0]), name
     assert len({tuple(row[5:].tolist()) for row in together}) > 1
+
+
+def test_prefixes_as_hf_has_them_move_the_positions_of_their_rows():
+    transformers = pytest.importorskip("transformers")
+    from peftlib.hf import PositionOffset
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    ids = torch.randint(2, 50, (4, 5))
+    both = lambda length: {"model": PTuningV2(length=length), "": PositionOffset(length)}  # noqa: E731
+    put(
+        model,
+        {"short": (both(2), None), "long": (both(5), None), "lora": (LoRA(rank=2), None)},
+        example={"input_ids": ids},
+    )
+    names = ["long", "lora", "short", None]
+    with peftlib.route(model, names):
+        together = model(input_ids=ids).logits
+    for i, name in enumerate(names):
+        with peftlib.use(model, *([name] if name else [])):
+            torch.testing.assert_close(together[i : i + 1], model(input_ids=ids[i : i + 1]).logits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from peftlib.methods.base import (
     first_argument,
     plain_class,
 )
+from peftlib.methods.rowwise import Rows
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe
@@ -31,6 +32,9 @@ class Moved(Delta):
     def __init__(self, offset: int):
         super().__init__()
         self.offset = offset
+
+    def alike(self) -> Hashable:
+        raise PeftlibError("it moves the positions of a table, which all rows of a batch share")
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         positions = first_argument(args, kwargs)
@@ -51,7 +55,21 @@ class Shift(Delta):
     def extra_repr(self) -> str:
         return f"offset={self.offset}"
 
+    def alike(self) -> Hashable:
+        return type(self).__name__
+
+    @classmethod
+    def routed(cls, rows: Rows, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        first: Any = rows.deltas[0]
+        return first._run(rows.numbers("offset"), base, args, kwargs)
+
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._run([self.offset], base, args, kwargs)
+
+    def _run(
+        self, offsets: Sequence[int], base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One offset for all rows of the batch, or one for each."""
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
         positions = call.get("position_ids")
         if positions is None:
@@ -64,7 +82,7 @@ class Shift(Delta):
             cache = call.get("past_key_values")
             past = 0 if cache is None else cache.get_seq_length()
             positions = (torch.arange(tokens.shape[1], device=tokens.device) + past).unsqueeze(0)
-        positions = positions + self.offset
+        positions = positions + torch.tensor(offsets, device=positions.device)[:, None]
         at = self.names.index("position_ids")
         if at < len(args):
             return base(*args[:at], positions, *args[at + 1 :], **kwargs)

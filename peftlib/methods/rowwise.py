@@ -113,7 +113,7 @@ class Rows:
         self.partial = any(i is None for i in which)
         self._kept: dict[str, _Kept] = {}
         self._constants: dict[Any, Tensor] = {}
-        self._numbers: dict[str, Any] = {}
+        self._numbers: dict[str, list[Any]] = {}
 
     def __len__(self) -> int:
         return len(self.which)
@@ -175,17 +175,19 @@ class Rows:
             self._kept[what] = _Kept(found, [t._version for t in found], stacked)
         return stacked
 
-    def scalars(self, what: str, like: Tensor) -> Any:
-        """A number that each delta has: one for all rows, or (B, 1, 1)."""
+    def numbers(self, what: str) -> list[Any]:
+        """A number that each delta has, for each row; 0 where it has no delta."""
         if what not in self._numbers:
-            numbers = [getattr(d, what) for d in self.deltas]
-            self._numbers[what] = (
-                numbers[0] if len(set(numbers)) == 1 else [[*numbers, 0.0][i] for i in self.which]
-            )
-        found = self._numbers[what]
-        if not isinstance(found, list):
-            return found
-        return self.constant(found, like.device).to(like.dtype).view(-1, 1, 1)
+            own = [*(getattr(d, what) for d in self.deltas), 0]
+            self._numbers[what] = [own[i] for i in self.which]
+        return self._numbers[what]
+
+    def scalars(self, what: str, like: Tensor) -> Any:
+        """The same as one number, if it is that for all rows, or as (B, 1, 1) beside a tensor."""
+        numbers = self.numbers(what)
+        if len(set(numbers)) == 1:
+            return numbers[0]
+        return self.constant(numbers, like.device).to(like.dtype).view(-1, 1, 1)
 
     def _stack(self, read: Callable[[Any], Tensor]) -> Tensor:
         tensors_UN = [read(d) for d in self.deltas]
