@@ -51,20 +51,20 @@ def low_rank_linear(
         >>> low_rank_linear(x, weight, None, a, b, scaling=0.5)[0]
         tensor([2., 2.])
     """
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if not _fuses(x, weight):
+    if not fuses(x, weight):
         return _composed(F.linear(x, weight, bias), x, a, b, scaling, p)
-    pays = _pays(x, a)
+    worth = pays(x, a)
     if a.dtype is not x.dtype:
         a, b = a.to(x.dtype), b.to(x.dtype)
     if not torch.is_grad_enabled():
         y = F.linear(x, weight, bias)
-        s_RN = F.linear(a, _rows(_drop(x, p, pays) if p else x))
-        _rows(y).t().addmm_(b, s_RN, alpha=scaling)
+        s_RN = F.linear(a, rows(_drop(x, p, worth) if p else x))
+        rows(y).t().addmm_(b, s_RN, alpha=scaling)
         return y
-    if not pays:
+    if not worth:
         return _composed(F.linear(x, weight, bias), x, a, b, scaling, p)
     return _LowRank.apply(x, a, b, weight, bias, None, scaling, p, draw_seed() if p else 0)
 
@@ -85,25 +85,25 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: 
         >>> add_low_rank(y, x, a, b, scaling=0.5)[0]
         tensor([3., 3.])
     """
-    if _fuses(x, y) and y.shape[:-1] == x.shape[:-1] and _autocast_dtype(x) is None:
-        pays = _pays(x, a)
+    if fuses(x, y) and y.shape[:-1] == x.shape[:-1] and autocast_dtype(x) is None:
+        worth = pays(x, a)
         if a.dtype is not x.dtype:
             a, b = a.to(x.dtype), b.to(x.dtype)
-        if pays and torch.is_grad_enabled():
+        if worth and torch.is_grad_enabled():
             return _LowRank.apply(x, a, b, None, None, y, scaling, p, draw_seed() if p else 0)
-        if pays and p:
-            return _composed(y, _drop(x, p, pays), a, b, scaling, 0.0)
+        if worth and p:
+            return _composed(y, _drop(x, p, worth), a, b, scaling, 0.0)
     return _composed(y, x, a, b, scaling, p)
 
 
-def _pays(x: Tensor, a: Tensor) -> bool:
+def pays(x: Tensor, a: Tensor) -> bool:
     """Whether the autograd function is worth its calls; the same with and without grad."""
     return a.requires_grad and x.numel() > FEW * x.shape[-1]
 
 
-def _drop(x: Tensor, p: float, pays: bool) -> Tensor:
+def _drop(x: Tensor, p: float, seeded: bool) -> Tensor:
     """Dropout as the call would do it with grad: a reentrant checkpoint runs it both ways and needs the same."""
-    if not pays:
+    if not seeded:
         return F.dropout(x, p)
     return zeroed(x, dropped(draw_seed(), x.numel(), p, x.device)).mul_(1 / (1 - p))
 
@@ -111,18 +111,18 @@ def _drop(x: Tensor, p: float, pays: bool) -> Tensor:
 def _composed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float) -> Tensor:
     """``y`` plus the update in plain operators."""
     x = F.dropout(x, p) if p else x
-    if a.dtype is x.dtype is y.dtype and _autocast_dtype(x) is None:
+    if a.dtype is x.dtype is y.dtype and autocast_dtype(x) is None:
         if torch.compiler.is_compiling() and y.shape[:-1] == x.shape[:-1]:
             # The layout of the autograd function: with Bᵀ contiguous, the backward that autograd derives has it too.
-            s_RN = F.linear(a, _rows(x))
-            return torch.addmm(_rows(y), s_RN.t(), b.t().contiguous(), alpha=scaling).view(y.shape)
+            s_RN = F.linear(a, rows(x))
+            return torch.addmm(rows(y), s_RN.t(), b.t().contiguous(), alpha=scaling).view(y.shape)
         if x.dim() == y.dim() == 2:
             return torch.addmm(y, F.linear(x, a), b.t(), alpha=scaling)
     # A factor's dtype never becomes the model's.
     return y + reference.low_rank(x, a.to(x.dtype), b.to(x.dtype), scaling).to(y.dtype)
 
 
-def _fuses(x: Tensor, other: Tensor) -> bool:
+def fuses(x: Tensor, other: Tensor) -> bool:
     """Whether a custom function and in-place sums are right for these tensors, here and now."""
     return (
         type(x) in _PLAIN
@@ -138,7 +138,7 @@ def _fuses(x: Tensor, other: Tensor) -> bool:
     )
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast would multiply ``x``, or ``None``."""
     kind = "cpu" if x.is_cpu else x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
@@ -146,7 +146,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """(..., C) as (N, C), of the same storage where its strides allow."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
@@ -168,17 +168,17 @@ class _LowRank(torch.autograd.Function):
         seed: int,
     ) -> Tensor:
         ctx.settings = scaling, p, seed
-        x_NI = _rows(x)
-        s_RN = _scaled(
+        x_NI = rows(x)
+        s_RN = scaled(
             a, zeroed(x_NI, dropped(seed, x.numel(), p, x.device)) if p else x_NI, scaling / (1 - p)
         )
         if y is None:
             assert weight is not None
             out = F.linear(x, weight, bias)
             # In this orientation no factor has to be copied into another layout first.
-            _rows(out).t().addmm_(b, s_RN)
+            rows(out).t().addmm_(b, s_RN)
         else:
-            out = torch.addmm(_rows(y), s_RN.t(), b.t()).view(y.shape)
+            out = torch.addmm(rows(y), s_RN.t(), b.t()).view(y.shape)
         ctx.save_for_backward(x, a, b, weight, bias, s_RN if ctx.needs_input_grad[2] else None)
         # Autograd would not let the caller change a view in place.
         return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
@@ -198,9 +198,9 @@ class _LowRank(torch.autograd.Function):
             return *_differentiable(needs, dy, (x, a, b, weight, bias), scaling, positions, p), *rest
         need_x, need_a, need_b, need_weight, need_bias = needs
         dx = da = db = dweight = dbias = None
-        x_NI, dy_NO = _rows(x), _rows(dy)
+        x_NI, dy_NO = rows(x), rows(dy)
         if need_x or need_a:
-            g_RN = _scaled(b.t(), dy_NO, scaling / (1 - p))
+            g_RN = scaled(b.t(), dy_NO, scaling / (1 - p))
             if need_a:
                 da = g_RN @ (x_NI if positions is None else zeroed(x_NI, positions))
             if need_x:
@@ -214,7 +214,7 @@ class _LowRank(torch.autograd.Function):
         return dx, da, db, dweight, dbias, *rest
 
 
-def _scaled(factor_RC: Tensor, rows_NC: Tensor, scaling: float) -> Tensor:
+def scaled(factor_RC: Tensor, rows_NC: Tensor, scaling: float) -> Tensor:
     """``s factor rowsᵀ``, (R, N)."""
     if scaling == 1:
         return F.linear(factor_RC, rows_NC)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from peftlib.errors import PeftlibError
 from peftlib.kernels.low_rank import add_low_rank, low_rank_linear
+from peftlib.kernels.shared_input import LowRankLinear
 from peftlib.methods.base import (
     Delta,
     Method,
@@ -35,6 +36,7 @@ from peftlib.methods.base import (
 from peftlib.methods.dora import Magnitude
 from peftlib.methods.linear import CONVOLUTIONS, is_transposed, linear_shape
 from peftlib.methods.rowwise import Rows, rowwise
+from peftlib.methods.shared_input import WITH, Handing, with_shared_inputs
 from peftlib.open_attention import Projection
 
 if TYPE_CHECKING:
@@ -156,6 +158,8 @@ class LinearLoRA(LowRank):
             method, host, (max(1, len(self.rows)) * method.rank, shape[0]), (covered, method.rank), **where
         )
         self.out_features = shape[1]
+        # What waits for whom, and the deltas that are given the same tensor, this one among them.
+        self.together: tuple[Any, ...] = ()
 
     def start(self, init: str) -> None:
         if self.rows:
@@ -172,11 +176,26 @@ class LinearLoRA(LowRank):
             return super().forward(base, *args, **kwargs)
         p = self.p if self.training else 0.0
         if type(base) is partial and base.func in _OPEN_LINEARS and len(args) == 1:
+            if self.together and not p and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+                y = self.together[0].take(self.together[1:], self, args[0])
+                if y is not None:
+                    return y
             host: Any = self._host[0]
             return low_rank_linear(args[0], host.weight, host.bias, self.a, self.b, self.scaling, p)
         x = first_argument(args, kwargs)
         add: Callable[[Tensor], Tensor] = lambda y: add_low_rank(y, x, self.a, self.b, self.scaling, p)  # noqa: E731
         return map_first(base(*args, **kwargs), add)
+
+    def linear(self) -> LowRankLinear:
+        host: Any = self._host[0]
+        return LowRankLinear(host.weight, host.bias, self.a, self.b)
+
+    def ready_to_share(self) -> bool:
+        """Whether a call of the host, as it is now, would begin with this delta and the host's own product."""
+        host = self._host[0]
+        first = next(iter(host.__dict__.get("_peft_active", ())), None)
+        dropping = self.p and self.training
+        return first is self and not dropping and plain_class(host).forward in _OPEN_LINEARS
 
     def update(self, x: Tensor) -> Tensor:
         s = F.linear(self.drop(x), self.a.to(x.dtype)) * self.scaling
@@ -507,8 +526,21 @@ class LoRA(Method):
         heads = tree.output_heads(probe)
         return {n: "the output head" for n in sorted(heads) if linear_shape(tree.modules[n]) is not None}
 
+    def survey(self, sites: Sequence[Site], tree: Tree, probe: Probe | None) -> list[Site]:
+        return list(sites) if self.rows or self.use_dora else with_shared_inputs(sites, probe)
+
     def build(self, sites: Sequence[Site]) -> dict[str, Delta]:
-        return {site.name: self._delta(site) for site in sites}
+        built = {site.name: self._delta(site) for site in sites}
+        groups: dict[str, list[LinearLoRA]] = {}
+        for site in sites:
+            delta = built[site.name]
+            if WITH in site.facts and isinstance(delta, LinearLoRA):
+                groups.setdefault(site.facts[WITH], []).append(delta)
+        for group in groups.values():
+            together = (Handing(), *group)
+            for delta in group:
+                delta.together = together if len(group) > 1 else ()
+        return built
 
     def _delta(self, site: Site) -> Delta:
         host: Any = site.module
