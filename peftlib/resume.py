@@ -43,11 +43,14 @@ def describe(tuning: Tuning, optimizer: torch.optim.Optimizer) -> tuple[dict[str
     names = _names(tuning, optimizer, packed["param_groups"])
 
     def put(place: str, key: Any, value: Any) -> dict[str, Any]:
-        if isinstance(value, Tensor) and (type(value) in (Tensor, nn.Parameter) or is_sharded(value)):
-            tensors[f"{PREFIX}{place}/{key}"] = value
-            return {"tensor": f"{PREFIX}{place}/{key}"}
+        if isinstance(key, str) and (type(value) in (Tensor, nn.Parameter) or is_sharded(value)):
+            name = f"{PREFIX}{place}/{key}"
+            while name in tensors:  # of a key or a module with a slash in it
+                name += "'"
+            tensors[name] = value
+            return {"tensor": name}
         if isinstance(key, str) and _is_plain(value):
-            return {"value": value}
+            return {"tuple" if isinstance(value, tuple) else "value": value}
         raise CheckpointError(
             f"{_kind(optimizer)} keeps {key!r} of {place!r} as {_what(value)}, which is neither a tensor nor a JSON "
             f"value. {_YOURSELF}"
@@ -111,7 +114,10 @@ def _packed(
     """What ``optimizer.load_state_dict`` takes, in this optimizer's own order."""
 
     def get(entry: Mapping[str, Any]) -> Any:
-        return tensors[entry["tensor"]] if "tensor" in entry else entry["value"]
+        if "tensor" in entry:
+            return tensors[entry["tensor"]]
+        # JSON has no tuples.
+        return tuple(entry["tuple"]) if "tuple" in entry else entry["value"]
 
     groups = []
     saved: dict[frozenset[str], Mapping[str, Any]] = {frozenset(g["parameters"]): g for g in about["groups"]}
@@ -121,7 +127,7 @@ def _packed(
         if match is None:
             theirs = next((other for other in saved if own & other), frozenset())
             raise _no_group(about, shown, min(own ^ theirs, default="(none)"))
-        settings = {k: _as_was(get(v), group.get(k)) for k, v in match["settings"].items()}
+        settings = {k: get(v) for k, v in match["settings"].items()}
         kept = {k: group[k] for k in _NOT_SETTINGS if k in group}
         groups.append({**settings, **kept})
     if saved:
@@ -203,11 +209,6 @@ def _check_parameters(tuning: Tuning, names: Sequence[str], file: Reading, shown
                 f"The tuning {tuning.name!r} does not have the values of {shown}: {name!r} differs. Load the tuning "
                 "from that file, and give its optimizer the state before training on."
             )
-
-
-def _as_was(value: Any, now: Any) -> Any:
-    """JSON has no tuples; a setting that is one (betas) stays one."""
-    return tuple(value) if isinstance(now, tuple) and isinstance(value, list) else value
 
 
 def _is_plain(value: Any) -> bool:

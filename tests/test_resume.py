@@ -33,9 +33,12 @@ class Lion(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state.update(average=torch.zeros_like(p, dtype=torch.float32), count=0, fresh=True)
+                    state.update(
+                        average=torch.zeros_like(p, dtype=torch.float32), count=0, fresh=True, size=(2, None)
+                    )
                 grad = p.grad.float()
                 assert state["average"].dtype == torch.float32
+                assert state["size"] == (2, None)
                 update = (state["average"] * one + grad * (1 - one)).sign() / (1 + 0.1 * state["count"])
                 state["average"].mul_(two).add_(grad, alpha=1 - two)
                 state["count"], state["fresh"] = state["count"] + 1, False
@@ -297,7 +300,7 @@ def test_forged_states_are_refused(change: Change, saved: Any) -> None:
 class Odd(torch.optim.SGD):
     """Keeps whatever a test puts there."""
 
-    def __init__(self, parameters: Any, **kept: Any):
+    def __init__(self, parameters: Any, kept: Any):
         super().__init__(parameters, lr=0.1)
         self.kept = kept
 
@@ -311,13 +314,15 @@ class Odd(torch.optim.SGD):
     [
         ({"old": [torch.zeros(1)]}, "'old' of '0.lora.a' as a list of Tensor"),
         ({"made": {"a": 1}}, "'made' of '0.lora.a' as a dict"),
+        ({0: torch.zeros(1)}, "0 of '0.lora.a' as a Tensor"),
+        ({"kind": torch.nn.UninitializedBuffer()}, "'kind' of '0.lora.a' as a UninitializedBuffer"),
         ({"call": len}, "'call' of '0.lora.a' as a builtin_function_or_method"),
-        ({"shape": torch.Size([2]), "more": object()}, "'more' of '0.lora.a' as a object"),
+        ({"shape": (2,), "more": object()}, "'more' of '0.lora.a' as a object"),
     ],
 )
-def test_what_a_file_cannot_hold_is_named(kept: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_what_a_file_cannot_hold_is_named(kept: dict[Any, Any], words: str, tmp_path: Path) -> None:
     tuning = attached(net())
-    optimizer = Odd(tuning.parameters(), **kept)
+    optimizer = Odd(tuning.parameters(), kept)
     optimizer.step()
     with pytest.raises(CheckpointError) as caught:
         tuning.save(tmp_path / "t.safetensors", optimizer=optimizer)
@@ -413,3 +418,24 @@ def test_a_site_named_like_the_optimizers_tensors_is_refused(tmp_path: Path) -> 
     peftlib.load(copy.deepcopy(model), tmp_path / "t.safetensors", name="again")
     with pytest.raises(CheckpointError, match="Rename that module"):
         tuning.save(tmp_path / "t.safetensors", optimizer=torch.optim.Adam(tuning.parameters()))
+
+
+def test_names_with_slashes_are_kept_apart(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("w", "w/k"):
+                self.register_parameter(name, nn.Parameter(torch.zeros(2)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * sum(self.parameters())
+
+    tuning = peftlib.attach(Two(), FullFineTuning())
+    optimizer = Odd(tuning.parameters(), {})
+    one, two = tuning.parameters()
+    optimizer.state[one] = {"k/v": torch.ones(2), "k": torch.ones(1)}
+    optimizer.state[two] = {"v": torch.full((2,), 3.0)}
+    tuning.save(tmp_path / "t.safetensors", optimizer=optimizer)
+    again = Odd(tuning.parameters(), {})
+    tuning.load_optimizer(again, tmp_path / "t.safetensors")
+    assert equal(again.state_dict()["state"], optimizer.state_dict()["state"])
