@@ -106,6 +106,8 @@ METHODS = {
     "both": ({"down": LoRA(rank=1), "blocks.0": Adapter(dim=2), "attn": PTuningV2(length=1)}, None),
     "prefix": (PrefixTuning(length=3, hidden=4), None),
     "longer": (PTuningV2(length=5), None),
+    "other-mlp": (PrefixTuning(length=2, hidden=4, init=[1, 2, 3]), None),
+    "second-mlp": (PrefixTuning(length=5, hidden=4), None),
 }
 
 
@@ -393,7 +395,9 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=2), Adapter(dim=2), PTuningV2(length=2)])
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=2), Adapter(dim=2), PTuningV2(length=2), PrefixTuning(length=2, hidden=4)]
+)
 def test_the_number_of_operations_does_not_grow_with_the_number_of_tunings(method):
     model, ids = decoder(), tokens(12)
     put(model, {f"t{i}": (method, None) for i in range(12)}, example=ids)

@@ -106,17 +106,21 @@ class Prefix(Delta):
             return self.key, self.value
         return self._cache((*self._shared[0].parameters(), *self.project.parameters()), self._compute)
 
-    def _compute(self) -> tuple[Tensor, Tensor]:
+    def split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., P, H E + H V) as (..., P, H, E) and (..., P, H, V)."""
         heads, key_size, value_size = self.shape
-        flat = self.project(self._shared[0]())
         key, value = flat.split((heads * key_size, heads * value_size), dim=-1)
-        key, value = key.unflatten(-1, (heads, key_size)), value.unflatten(-1, (heads, value_size))
+        return key.unflatten(-1, (heads, key_size)), value.unflatten(-1, (heads, value_size))
+
+    def _compute(self) -> tuple[Tensor, Tensor]:
+        key, value = self.split(self.project(self._shared[0]()))
         if "start_key" in self._buffers:
             key, value = key + self.start_key, value + self.start_value
         return key, value
 
     def alike(self) -> Hashable:
-        return type(self), self.shape, self.p, self.training
+        middle = self._shared[0].down.weight.shape if self._shared else None
+        return type(self), self.shape, self.p, self.training, middle, "start_key" in self._buffers
 
     @classmethod
     def routed(cls, rows: Rows, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -124,19 +128,15 @@ class Prefix(Delta):
         deltas: Any = rows.deltas
         lengths = [d.length for d in deltas]
         longest = max(lengths)
-        pairs: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def pair(delta: Any) -> tuple[Tensor, Tensor]:
-            if id(delta) not in pairs:
-                pairs[id(delta)] = delta.key_value()
-            return pairs[id(delta)]
 
         def sources(delta: Any) -> list[Tensor]:
             shared = (p for mlp in delta._shared for p in mlp.parameters())
             return [*delta.parameters(), *delta.buffers(), *shared]
 
-        key_BPHE = rows.stacked("key", lambda d: pair(d)[0], sources)
-        value_BPHV = rows.stacked("value", lambda d: pair(d)[1], sources)
+        def make() -> tuple[Tensor, ...]:
+            return tuple(rows.by_row(t) for t in cls._together(rows))
+
+        key_BPHE, value_BPHV = rows.kept("prefix", make, sources)
         visible_BP = None
         if rows.partial or min(lengths) < longest:
             own_B = rows.constant([[*lengths, 0][i] for i in rows.which], key_BPHE.device)
@@ -147,6 +147,22 @@ class Prefix(Delta):
                 "queries, (B, H, T, E), so that they cannot have a prefix each."
             )
         return deltas[0]._run(key_BPHE, value_BPHV, visible_BP, base, args, kwargs)
+
+    @staticmethod
+    def _together(rows: Rows) -> tuple[Tensor, Tensor]:
+        """:meth:`key_value` of several: (U, P, H, E) and (U, P, H, V)."""
+        first: Any = rows.deltas[0]
+        if not first._shared:
+            return rows.together(lambda d: d.key), rows.together(lambda d: d.value)
+        table_UPD = rows.together(lambda d: d._shared[0].table)
+        h_UPM = torch.tanh(_each_linear(rows, lambda d: d._shared[0].down, table_UPD))
+        key, value = first.split(_each_linear(rows, lambda d: d.project, h_UPM))
+        if "start_key" in first._buffers:
+            key, value = (
+                key + rows.together(lambda d: d.start_key),
+                value + rows.together(lambda d: d.start_value),
+            )
+        return key, value
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self._run(*self.key_value(), None, base, args, kwargs)
@@ -193,6 +209,13 @@ class Prefix(Delta):
         self._modules.pop("mlp", None)  # held here where the root is an attention itself
         self._shared = ()
         return True
+
+
+def _each_linear(rows: Rows, which: Callable[[Any], Any], x_UPI: Tensor) -> Tensor:
+    """(U, P, O): each delta's linear on its own rows."""
+    weight_UOI = rows.together(lambda d: which(d).weight)
+    bias_UO = rows.together(lambda d: which(d).bias)
+    return torch.baddbmm(bias_UO.unsqueeze(1), x_UPI, weight_UOI.mT)
 
 
 @dataclass(frozen=True, kw_only=True)

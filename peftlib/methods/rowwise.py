@@ -77,11 +77,11 @@ class Axes:
 
 @dataclass
 class _Kept:
-    """What :meth:`Rows.stacked` made, and of what."""
+    """What was made, and of which versions of which tensors."""
 
     sources: Sequence[Tensor]
     versions: Sequence[int]
-    stacked: Tensor
+    made: Any
 
 
 class Rows:
@@ -153,27 +153,41 @@ class Rows:
             )
         return axis
 
-    def stacked(
-        self,
-        what: str,
-        read: Callable[[Any], Tensor],
-        sources: Callable[[Any], Sequence[Tensor]] | None = None,
-    ) -> Tensor:
-        """(B, N): each row's own tensor, zeros where it has none.
+    def stacked(self, what: str, read: Callable[[Any], Tensor]) -> Tensor:
+        """(B, N): each row's own tensor, zeros where it has none; smaller ones have zeros behind."""
+        return self.kept(
+            what, lambda: self.by_row(self.together(read)), lambda delta: list(delta.parameters())
+        )
 
-        Without gradients the result is kept for the next call, until a source changes.
-        """
+    def kept(self, what: str, make: Callable[[], Any], sources: Callable[[Any], Sequence[Tensor]]) -> Any:
+        """What ``make`` gives; without gradients it is kept for the next call, until a source changes."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._kept.clear()
-            return self._stack(read)
+            return make()
         kept = self._kept.get(what)
         if kept is not None and kept.versions == [t._version for t in kept.sources]:
-            return kept.stacked
-        stacked = self._stack(read)
-        found = [t for d in self.deltas for t in (d.parameters() if sources is None else sources(d))]
+            return kept.made
+        made = make()
+        found = [t for delta in self.deltas for t in sources(delta)]
         if not any(t.is_inference() for t in found):  # these have no versions
-            self._kept[what] = _Kept(found, [t._version for t in found], stacked)
-        return stacked
+            self._kept[what] = _Kept(found, [t._version for t in found], made)
+        return made
+
+    def together(self, read: Callable[[Any], Tensor]) -> Tensor:
+        """(U, N): a tensor of each delta."""
+        tensors_UN = [read(d) for d in self.deltas]
+        if len({t.shape for t in tensors_UN}) == 1:
+            return torch.stack(tensors_UN)
+        # Of different rank or length: zeros behind the shorter ones.
+        return pad_sequence(tensors_UN, batch_first=True)
+
+    def by_row(self, tensors_UN: Tensor) -> Tensor:
+        """(B, N): of each row's delta, zeros where it has none."""
+        if self.partial:
+            tensors_UN = torch.cat([tensors_UN, torch.zeros_like(tensors_UN[:1])])
+        if self.which == tuple(range(len(tensors_UN))):
+            return tensors_UN
+        return tensors_UN[self.constant(self.which, tensors_UN.device)]
 
     def numbers(self, what: str) -> list[Any]:
         """A number that each delta has, for each row; 0 where it has no delta."""
@@ -188,21 +202,6 @@ class Rows:
         if len(set(numbers)) == 1:
             return numbers[0]
         return self.constant(numbers, like.device).to(like.dtype).view(-1, 1, 1)
-
-    def _stack(self, read: Callable[[Any], Tensor]) -> Tensor:
-        tensors_UN = [read(d) for d in self.deltas]
-        if self.partial:
-            tensors_UN.append(torch.zeros_like(tensors_UN[0]))
-        if len(tensors_UN) == 1:
-            return tensors_UN[0].unsqueeze(0).expand(len(self), *tensors_UN[0].shape)
-        if len({t.shape for t in tensors_UN}) == 1:
-            stacked_UN = torch.stack(tensors_UN)
-        else:
-            # Of different rank or length: zeros behind the shorter ones.
-            stacked_UN = pad_sequence(tensors_UN, batch_first=True)
-        if self.which == tuple(range(len(tensors_UN))):
-            return stacked_UN
-        return stacked_UN[self.constant(self.which, stacked_UN.device)]
 
     def present(self, device: torch.device) -> Tensor:
         """(B,) bool: which rows have a delta here at all."""

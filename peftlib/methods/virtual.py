@@ -92,7 +92,9 @@ class RowPrompts(nn.Module):
         self.rows = rows
 
     def forward(self) -> Tensor:
-        return self.rows.stacked("prompt", lambda d: d.prompt(), lambda d: list(d.prompt.parameters()))
+        rows = self.rows
+        make = lambda: rows.by_row(rows.together(lambda d: d.prompt()))  # noqa: E731
+        return rows.kept("prompt", make, lambda d: list(d.prompt.parameters()))
 
 
 class Prepend(Delta):
