@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -328,7 +329,7 @@ def test_a_read_only_folder_is_refused_and_can_be_read(kind, tmp_path):
         for place in (folder, *inside):
             place.chmod(0o755)
         assert [p.name for p in folder.iterdir()] == ["saved"]
-        subprocess.run(["rm", "-r", str(folder)], check=True)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)
