@@ -44,6 +44,8 @@ class Axis:
 
     def split(self, tensor: Tensor, size: int) -> Tensor:
         """(B, ...): the rows in front, and the axis left with the K (or 1) places of each."""
+        if not self.folded:
+            return tensor.movedim(self.at, 0).unsqueeze(self.at + 1) if self.at else tensor.unsqueeze(1)
         if self.rows_first is False:
             return tensor.unflatten(self.at, (-1, size)).movedim(self.at + 1, 0)
         return tensor.unflatten(self.at, (size, -1)).movedim(self.at, 0)
@@ -51,6 +53,8 @@ class Axis:
     def join(self, tensor: Tensor) -> Tensor:
         """The inverse of :meth:`split`."""
         at = self.at
+        if not self.folded:
+            return tensor.squeeze(at + 1).movedim(0, at) if at else tensor.squeeze(1)
         if self.rows_first is False:
             return tensor.movedim(0, at + 1).flatten(at, at + 1)
         return tensor.movedim(0, at).flatten(at, at + 1)
