@@ -22,12 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peftlib.errors import PeftlibError
 from peftlib.memory.lives import BACKWARD, FORWARD, RECOMPUTATION, STEP, Life, peak, timeline
 from peftlib.memory.report import MemoryReport
-from peftlib.memory.storages import storages_of, tensors_in, unwraps
+from peftlib.memory.storages import asks, storages_of, tensors_in, unwraps
 from peftlib.methods.base import CHILD
 
 OUTSIDE = "(outside the model)"
-VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-"""Operators whose result depends on what stands in a tensor."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -150,7 +148,7 @@ class LiveBytes(TorchDispatchMode):
         if func.namespace in ("prim", "profiler"):  # questions of fake tensors, marks of a profiler
             return func(*args, **kwargs)
         self._operations[func] += 1
-        if self._running and not VALUES.isdisjoint(func.tags) and self._phase() != STEP:
+        if self._running and asks(func, args) and self._phase() != STEP:
             self._asked[self._running[-1]] = None
         if self._phase() == BACKWARD and func is not torch.ops.aten.detach.default:
             # detach: a checkpoint packs what it recomputed without gradients, that is no backward formula

@@ -99,7 +99,11 @@ def chosen_modules(model: nn.Module, where: Any) -> dict[str, nn.Module]:
                 )
             names += found
     # what lies inside another one is computed twice with it already
-    outer = [n for n in dict.fromkeys(names) if not any(n != o and n.startswith(f"{o}.") for o in names)]
+    outer = [
+        n
+        for n in dict.fromkeys(names)
+        if not any(n != o and n.startswith(f"{o}." if o else "") for o in names)
+    ]
     return {name: tree.modules[name] for name in outer}
 
 

@@ -1,4 +1,4 @@
-"""The storages behind tensors of any kind: plain, wrapped, sparse."""
+"""What an operator reads: the storages behind tensors of any kind (plain, wrapped, sparse), and their values."""
 
 from __future__ import annotations
 
@@ -38,3 +38,13 @@ def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     elif tensor.layout is torch.sparse_coo:
         yield from storages_of(tensor._indices())
         yield from storages_of(tensor._values())
+
+
+def asks(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operator's result depends, beyond numbers in it, on what stands in a tensor."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    return not _VALUES.isdisjoint(func.tags)
+
+
+_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

@@ -1,0 +1,288 @@
+"""What estimate_memory does besides: micro-batches, checkpointing, autocast, hints, a GPU's blocks, extrapolation."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import checkpoint
+
+import peftlib
+from peftlib.errors import PeftlibError, ProbeError, TargetError
+from peftlib.memory import checkpointed, estimate_memory, extrapolate, measure_memory
+from tests.zoo import Decoder, Recycled, ids
+
+
+def tower(width=32, depth=4):
+    return nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth)))
+
+
+# --- accumulation ------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_gradients_are_there_in_the_next_forward():
+    model, x = tower(), torch.randn(256, 32)
+    one, two, nine = (estimate_memory(model, x, accumulate=n) for n in (1, 2, 9))
+    weights = one.trained_bytes
+    assert one.gradient_bytes < weights
+    assert two.gradient_bytes == weights
+    assert two == nine
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2"])
+def test_accumulate_is_a_number_of_batches(wrong):
+    with pytest.raises(PeftlibError, match="accumulate="):
+        estimate_memory(tower(), torch.randn(2, 32), accumulate=wrong)
+
+
+# --- checkpointing -----------------------------------------------------------------------------------------------
+
+
+def test_checkpointing_is_what_the_model_would_do_itself():
+    # the zoo's decoder that checkpoints each block, against ours around the one that does not
+    own, ours = Decoder(checkpointed=True), Decoder()
+    assert (
+        estimate_memory(own, ids()).peak_bytes
+        == estimate_memory(ours, ids(), checkpointing="blocks.*").peak_bytes
+    )
+    assert estimate_memory(ours, ids(), checkpointing=True) == estimate_memory(
+        ours, ids(), checkpointing="blocks.*"
+    )
+
+
+def test_checkpointed_computes_the_same_gradients():
+    def gradients(where):
+        torch.manual_seed(0)
+        model = Decoder().double()
+        parts = {"mlp.*": peftlib.LoRA(rank=2), "attn": peftlib.PTuningV2(length=2)}
+        peftlib.attach(model, parts, example=ids())
+        with checkpointed(model, where) as names:
+            model(ids()).square().mean().backward()
+        return names, [p.grad for p in model.parameters() if p.requires_grad]
+
+    torch.manual_seed(1)
+    _, plain = gradients(None)
+    torch.manual_seed(1)
+    names, again = gradients(True)
+    assert names == ["blocks.0", "blocks.1"]
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_checkpointed_computes_again_and_leaves_nothing():
+    model, x = tower(), torch.randn(4, 32)
+    calls = []
+    model[1][0].register_forward_hook(lambda *_: calls.append(1))
+    with checkpointed(model, lambda name, _: name in ("0", "1")) as names:
+        model(x).sum().backward()
+    assert (names, len(calls)) == (["0", "1"], 2)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    with pytest.raises(KeyError), checkpointed(model, nn.Sequential):
+        raise KeyError
+    assert "forward" not in model[0].__dict__
+    model[0].forward = lambda x: x * 2  # a forward of its own comes back
+    mine = model[0].forward
+    with checkpointed(model, lambda name, _: name == "0"):
+        pass
+    assert model[0].forward is mine
+
+
+def test_what_lies_inside_is_not_checkpointed_twice():
+    with checkpointed(tower(), [nn.Sequential, "*.0"]) as names:
+        assert names == [""]
+    with checkpointed(Recycled(), "first") as names:
+        assert names == ["first"]
+
+
+def test_checkpointing_that_matches_nothing():
+    with pytest.raises(TargetError, match=r"no module list of like blocks.*'encoder"):
+        estimate_memory(nn.Linear(2, 2), torch.ones(1, 2), checkpointing=True)
+    with pytest.raises(TargetError, match="'blcks' matches nothing"):
+        estimate_memory(Decoder(), ids(), checkpointing="blcks")
+    with pytest.raises(TargetError, match="matches no module of Decoder"):
+        estimate_memory(Decoder(), ids(), checkpointing=nn.LSTM)
+
+
+# --- autocast ----------------------------------------------------------------------------------------------------
+
+
+def test_autocast_halves_what_is_kept():
+    model, x = tower(64, 6), torch.randn(512, 64)
+    plain, cast = estimate_memory(model, x), estimate_memory(model, x, autocast=torch.bfloat16)
+    assert cast.trained_bytes == plain.trained_bytes
+    assert cast.activation_bytes < 0.8 * plain.activation_bytes
+    with pytest.raises(PeftlibError, match="autocast="):
+        estimate_memory(model, x, autocast=torch.int8)
+
+
+# --- what fake tensors cannot know ---------------------------------------------------------------------------------
+
+
+class Asks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(4, 4)
+        self.inner = nn.ModuleList([Route()])
+
+    def forward(self, x):
+        return self.inner[0](self.gate(x))
+
+
+class Route(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = nn.Linear(4, 4), nn.Linear(4, 400)
+
+    def forward(self, x):
+        return self.large(x) if x.sum() > 0 else self.small(x)
+
+
+def test_a_question_for_a_value_names_the_module_and_two_ways_out():
+    with pytest.raises(ProbeError, match=r"in 'inner.0'.*asks a tensor for its value.*hint=.*extrapolate"):
+        estimate_memory(Asks(), torch.ones(2, 4))
+    assert not _get_current_dispatch_mode_stack()
+
+
+def test_a_hint_answers():
+    model, x = Asks(), torch.ones(2, 4)
+    yes, no = (estimate_memory(model, x, hint=answer) for answer in (True, False))
+    assert yes.activation_bytes > no.activation_bytes
+    assert yes == estimate_memory(model, x, hint=lambda tensor: tensor.dim() == 0)
+    assert any(
+        "'inner.0' asked a tensor for its value and got the hint's: True" in note for note in yes.notes
+    )
+    # the way that a real step takes is the way of its hint, to the byte
+    for bias, estimate in ((10.0, yes), (-10.0, no)):
+        nn.init.constant_(model.gate.bias, bias)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+        def step(optimizer=optimizer):
+            output = model(x)
+            result = output.square().mean()
+            result.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        real = measure_memory(step, model=model)
+        assert real.asked == ("inner.0",)
+        assert (
+            estimate_memory(model, x, hint=bias > 0, optimizer=lambda p: torch.optim.SGD(p, lr=0.0)) == real
+        )
+        assert estimate.peak_bytes > 0
+
+
+def test_a_shape_that_depends_on_values():
+    class Picks(nn.Linear):
+        def forward(self, x):
+            return super().forward(x[x[:, 0] > 0])
+
+    with pytest.raises(ProbeError, match=r"in the root.*shape depends on values.*extrapolate"):
+        estimate_memory(Picks(4, 4), torch.ones(2, 4))
+
+
+def test_wrong_losses_and_devices():
+    model, x = tower(), torch.ones(2, 32)
+    with pytest.raises(ProbeError, match=r"shape \(2, 32\).*has to be a scalar"):
+        estimate_memory(model, x, loss=lambda y: y)
+    with pytest.raises(ProbeError, match="without a gradient"):
+        estimate_memory(model, x, loss=lambda y: y.detach().sum())
+    with pytest.raises(PeftlibError, match="estimated for 'cpu' and for 'cuda'"):
+        estimate_memory(model, x, device="meta")
+    with pytest.raises(PeftlibError, match="no device"):
+        estimate_memory(model, x, device="gpu0")
+    with pytest.raises(PeftlibError, match=r"needs an nn\.Module; got list"):
+        estimate_memory([model], x)
+
+
+# --- a GPU's blocks and kernels ------------------------------------------------------------------------------------
+
+
+def test_blocks_of_512_bytes():
+    report = estimate_memory(nn.Linear(3, 3), torch.ones(1, 3), device="cuda")
+    assert (report.device, report.trained_bytes, report.input_bytes) == ("cuda", 1024, 512)
+    assert any("not yet measured against a GPU" in note for note in report.notes)
+
+
+class Attends(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.q, self.dropout = nn.Linear(8, 8), dropout
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=self.dropout, is_causal=True)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_attention_with_dropout_keeps_no_scores_on_a_gpu(again):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Attends(0.1)
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False) if again else self.inner(x)
+
+    x = torch.randn(1, 512, 8)
+    scores = 2 * 512 * 512 * 4
+    assert estimate_memory(Outer(), x).peak_bytes > scores
+    assert estimate_memory(Outer(), x, device="cuda").peak_bytes < scores
+
+
+def test_the_fused_norm_keeps_its_input_and_one_number_a_row():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = (
+                nn.Linear(128, 128, dtype=torch.bfloat16),
+                nn.RMSNorm(128, dtype=torch.bfloat16),
+            )
+
+        def forward(self, x):
+            return self.norm(self.first(x)).sum()
+
+    x = torch.randn(4096, 128).bfloat16()
+    fused, plain = (estimate_memory(Normed(), x, device=d, loss=lambda y: y) for d in ("cuda", "cpu"))
+    assert fused.modules["first"] == 4096 * 128 * 2
+    assert fused.modules["norm"] == 4096 * 4
+    assert plain.peak_bytes > fused.peak_bytes + 4096 * 128 * 2
+
+
+def test_the_optimizer_of_a_gpu_works_on_all_weights_at_once():
+    model, x = tower(64, 6), torch.randn(1, 64)
+    cpu, cuda = estimate_memory(model, x), estimate_memory(model, x, device="cuda")
+    assert cpu.peak_at == cuda.peak_at == "optimizer step"
+    assert cuda.temporary_bytes >= cuda.trained_bytes > cpu.temporary_bytes
+
+
+# --- size ----------------------------------------------------------------------------------------------------------
+
+
+def test_extrapolation_is_exact_where_bytes_are_polynomials():
+    def report(batch, length, depth):
+        return estimate_memory(
+            Decoder(depth=depth), torch.zeros(batch, length, dtype=torch.long), optimizer=None
+        )
+
+    small = {"batch": (8, 16), "length": (4, 5, 6), "depth": (2, 3)}
+    there = {"batch": 64, "length": 10, "depth": 7}
+    continued = extrapolate(report, small, there)
+    assert continued.parts() == report(**there).parts()
+    assert "continued to batch 64 from (8, 16), length 10 from (4, 5, 6), depth 7 from (2, 3)" in str(
+        continued
+    )
+    with pytest.raises(PeftlibError, match="no timeline"):
+        continued.plot_timeline("x.png")
+
+
+def test_extrapolation_says_where_the_peaks_are():
+    def report(width):
+        return estimate_memory(tower(width), torch.randn(64, width))
+
+    continued = extrapolate(report, {"width": (8, 64, 256)}, {"width": 1024})
+    assert any("in different places (backward, optimizer)" in note for note in continued.notes)
+    with pytest.raises(PeftlibError, match="two or more"):
+        extrapolate(report, {"width": (8, 8)}, {"width": 4})
+    with pytest.raises(PeftlibError, match="give both the same"):
+        extrapolate(report, {"width": (8, 16)}, {"batch": 4})
