@@ -80,8 +80,9 @@ class Answers(TorchDispatchMode):
 
 
 class GPUKernels(TorchFunctionMode):
-    """Takes a GPU's kernels where a CPU has none: attention with dropout is fused, and so is the RMS norm.
+    """Takes a GPU's kernels where a CPU has others.
 
+    Attention with dropout is fused, and so is the RMS norm; dropout keeps a mask of one byte, not of the input's type.
     A closed ``nn.MultiheadAttention`` calls its attention out of sight and is left as it is.
     """
 
@@ -91,9 +92,15 @@ class GPUKernels(TorchFunctionMode):
             if len(args) > 4:
                 args = (*args[:4], 0.0, *args[5:])
             kwargs = {name: value for name, value in kwargs.items() if name != "dropout_p"}
+        if func is F.dropout and self._drops(*args, **kwargs):
+            return torch.native_dropout(args[0] if args else kwargs["input"], 0.5, True)[0]
         if func in (F.rms_norm, torch.rms_norm):
             return self._rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
+
+    @staticmethod
+    def _drops(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:  # noqa: A002
+        return training and not inplace and 0 < p < 1
 
     @staticmethod
     def _rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: Any = None) -> Any:

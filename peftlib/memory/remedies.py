@@ -105,18 +105,18 @@ def remedies(cost: Cost, way: Way) -> list[Remedy]:
     found: list[Remedy] = []
     twice = [dataclasses.replace(way, checkpointing=again) for again in cost.checkpointing if again]
     more = [] if way.checkpointing else [other for other in twice if cost.exists(other)]
-    if way.batch > 1 and (small := _micro_batch(cost, way)):
-        found.append(Remedy(_small(small), cost.of(small).peak_bytes))
+    if small := _micro_batches(cost, way):
+        found.append(small)
     # time is what this costs
     for other in more:
         if cost.fits(other):
             found.append(Remedy("checkpointing: the blocks are computed twice", cost.of(other).peak_bytes))
             break
-        if way.batch > 1 and (small := _micro_batch(cost, other)):
-            found.append(Remedy(f"checkpointing and {_small(small)}", cost.of(small).peak_bytes))
+        if small := _micro_batches(cost, other):
+            found.append(Remedy(f"checkpointing and {small.text}", small.peak_bytes))
             break
     others = [dataclasses.replace(way, method=name) for name in cost.methods if name != way.method]
-    fitting = [other for other in others if cost.fits(other)]
+    fitting = [other for other in others if cost.exists(other) and cost.fits(other)]
     if fitting:
         # the one that trains most: closest to what was asked for
         best = max(fitting, key=lambda other: cost.of(other).trained_bytes)
@@ -131,18 +131,15 @@ def remedies(cost: Cost, way: Way) -> list[Remedy]:
     return found
 
 
-def _micro_batch(cost: Cost, way: Way) -> Way | None:
-    """The largest micro-batch that fits with its gradients kept, and how many make the batch."""
+def _micro_batches(cost: Cost, way: Way) -> Remedy | None:
+    """The batch in the fewest micro-batches that fit with the gradients they leave."""
     # kept gradients leave no more room than there is without
     small = min(largest_batch(cost, way), way.batch - 1)
     if small:
         small = min(largest_batch(cost, dataclasses.replace(way, batch=small, accumulate=2)), small)
     if not small:
         return None
-    # no larger than so many micro-batches need
     times = -(-way.batch // small)
-    return dataclasses.replace(way, batch=-(-way.batch // times), accumulate=times)
-
-
-def _small(way: Way) -> str:
-    return f"micro-batches of {way.batch}, {way.accumulate} accumulated"
+    # no larger than so many need; and from the second on, each needs what the second does
+    each = dataclasses.replace(way, batch=-(-way.batch // times), accumulate=2)
+    return Remedy(f"micro-batches of {each.batch}, {times} accumulated", cost.of(each).peak_bytes)

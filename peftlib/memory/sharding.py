@@ -28,11 +28,11 @@ class ShardedOver:
     A group is what one ``fully_shard`` call covers, G bytes whole, of which t are trained; the root's group R (what is
     in no block) stays whole from the forward to the end of the backward. Beside its shards a rank holds::
 
-        forward:   R + 3 G           the group that runs, and the buffer and the copy of the next one
-        backward:  R + 2 G + 2 t + t_R   the group that runs and the next; its gradients whole, and again to be reduced
+        forward:   R + 3 G               the group that runs, and the next one as it is gathered and as it is copied out
+        backward:  R + 3 G + 2 t + t_R   besides, gradients: whole, and once more to be reduced
 
-    with G the largest group. Activations and inputs are the rank's own. It is an upper bound: a peak measured with
-    torch 2.13 and gloo lies below it by less than one group.
+    with G the largest group. Activations and inputs are the rank's own. What a backend copies for itself comes on top:
+    peaks measured with torch 2.13 and gloo, which does, are within two groups of this, on either side.
 
     Args:
         ranks: n.
@@ -91,7 +91,7 @@ class ShardedOver:
         of_largest, of_root = max(map(_trained_bytes, blocks), default=0), _trained_bytes(root)
         whole = {
             FORWARD: _bytes(root) + 3 * largest,
-            BACKWARD: _bytes(root) + 2 * largest + 2 * of_largest + of_root,
+            BACKWARD: _bytes(root) + 3 * largest + 2 * of_largest + of_root,
             STEP: 0,
         }
         whole[RECOMPUTATION] = whole[BACKWARD]

@@ -355,7 +355,8 @@ def repeated_blocks(tree: Tree, least: int = 2) -> list[str]:
             and len(children) >= least
             and len(set(kinds)) == 1
         ):
-            if type(children[0][1]).forward is nn.Module.forward or not children[0][1]._modules:
+            first = children[0][1]
+            if type(first).forward is nn.Module.forward or not any(k != CHILD for k in first._modules):
                 continue
             if any(output_width(leaf) is not None for leaf in leaves(children[0][1])):
                 found += [f"{name}.{k}" if name else k for k, _ in children]
