@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -381,3 +382,25 @@ def test_what_else_lies_in_a_directory_stays(tmp_path):
         assert which("directory", path) == value
     assert (path / "README.md").read_text() == "mine"
     assert len(list(path.iterdir())) == 3
+
+
+def test_the_content_is_on_disk_before_its_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    """What a power cut keeps cannot be tried here; the order of the calls that decide it can."""
+    done = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(handle):
+        found = os.fstat(handle)
+        done.append(("folder", None) if stat.S_ISDIR(found.st_mode) else ("content", found.st_size))
+        fsync(handle)
+
+    def noted_replace(self, target):
+        done.append(("rename", self.stat().st_size))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    path = tmp_path / "tuning.safetensors"
+    save("file", make(), path)
+    size = path.stat().st_size
+    assert done == [("content", size), ("rename", size), ("folder", None)]

@@ -34,7 +34,10 @@ def test_what_the_page_shows_is_what_its_blocks_print(tmp_path, monkeypatch):
 def test_70b_needs_neither_time_nor_memory(method):
     resource = pytest.importorskip("resource")
     namespace = types.ModuleType("page_memory").__dict__
-    exec(next(m["body"] for m in FENCE.finditer(PAGE.read_text(encoding="utf-8")) if m["info"] == "python"), namespace)
+    exec(
+        next(m["body"] for m in FENCE.finditer(PAGE.read_text(encoding="utf-8")) if m["info"] == "python"),
+        namespace,
+    )
     model = namespace["make"](width=8192, layers=80, heads=64, kv_heads=8, inner=28672)
     if method is not None:
         peftlib.attach(model, method)
