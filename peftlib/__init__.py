@@ -90,7 +90,7 @@ _LATER = {
     "summary": "overview",
 }
 
-_PARTS = ("hf",)
+_PARTS = ("hf", "train")
 
 
 def __getattr__(name: str) -> Any:

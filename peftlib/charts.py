@@ -1,4 +1,4 @@
-"""Stacked bars and stacked areas: in a file, with matplotlib, or as lines of text.
+"""Stacked bars, stacked areas and curves: in a file, with matplotlib, or as lines of text.
 
 A figure has one colour per series, in the order in which they are given. Left out on purpose: windows (a figure goes
 to a file), and everything that a caller can do with the numbers himself.
@@ -113,6 +113,36 @@ def area_chart(
     axes.set_ylabel(unit)
     axes.set_title(title, pad=18)
     figure.legend(loc="outside right upper", reverse=True)
+    figure.savefig(path)
+
+
+def line_chart(
+    path: str | Path, series: Mapping[str, Sequence[tuple[float, float]]], title: str = "", unit: str = ""
+) -> None:
+    """Draw curves into a file.
+
+    Args:
+        path: the file to write; its suffix chooses the format (.png, .svg, .pdf).
+        series: name -> (x, y) points, in order.
+        title: what is shown and on which machine.
+        unit: what x counts.
+
+    Raises:
+        PeftlibError: matplotlib is missing.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     line_chart(f"{folder}/loss.svg", {"loss": [(0, 2.0), (1, 1.5)]}, unit="step")
+    """
+    figure = _figure(8, 4.5)
+    axes = figure.add_subplot()
+    for name, points in series.items():
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=1)
+    axes.set_xlabel(unit)
+    axes.set_title(title)
+    if len(series) > 1:
+        figure.legend(loc="outside right upper")
     figure.savefig(path)
 
 

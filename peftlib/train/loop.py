@@ -1,0 +1,352 @@
+"""The trainer: windows of batches, a pure loss, a step, a file now and then; read it top to bottom.
+
+Who is killed at any moment and resumes ends with the bits of who never was, on the CPU: everything that a later step
+depends on is in ``State``, the tuning, the optimizer or the random state, and those go into files together.
+
+Left out on purpose: several processes, sampling by loss, regularizers (add them to the loss).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlib import PeftlibError, Tuning, tunings
+from peftlib.memory import checkpointed
+from peftlib.train import rng, saving
+from peftlib.train.batches import Batches
+from peftlib.train.history import History
+from peftlib.train.logs import progress_bar
+from peftlib.train.schedules import Schedule, constant
+from peftlib.train.step import Loss, NonFiniteError, moved, train_step, weighted
+
+SKIPS = 10
+"""So many steps in succession that are not finite are no accident."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """End when a number has not improved for a while; the tuning then has its best values again.
+
+    Args:
+        patience: evaluations without improvement before the end.
+        metric: which number of the history.
+        higher_is_better: True for accuracies.
+        by: how much better counts as better.
+
+    Example:
+        >>> EarlyStopping(patience=2, metric="eval_accuracy", higher_is_better=True).better(0.8, 0.7)
+        True
+    """
+
+    patience: int = 3
+    metric: str = "eval_loss"
+    higher_is_better: bool = False
+    by: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.patience < 1 or self.by < 0:
+            raise PeftlibError(
+                f"EarlyStopping takes patience >= 1 and by >= 0; got {self.patience}, {self.by}."
+            )
+
+    def better(self, now: float, best: float | None) -> bool:
+        """Whether ``now`` is an improvement; what is no number never is."""
+        if not math.isfinite(now) or best is None:
+            return math.isfinite(now)
+        return now > best + self.by if self.higher_is_better else now < best - self.by
+
+
+@dataclass
+class State:
+    """What, besides values, optimizer and random state, the next step depends on."""
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    """Batches of this epoch that are done."""
+    epoch_rng: dict[str, Tensor] = field(default_factory=dict)
+    """The random state when this epoch's iterator was made."""
+    skips: int = 0
+    best: float | None = None
+    best_values: dict[str, Tensor] = field(default_factory=dict)
+    waited: int = 0
+    stopped: bool = False
+    history: History = field(default_factory=History)
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    optimizer: torch.optim.Optimizer,
+    steps: int | None = None,
+    epochs: int | None = None,
+    scheduler: Schedule = constant,
+    accumulate: int = 1,
+    clip: float | None = None,
+    autocast: torch.dtype | None = None,
+    checkpoint_activations: Any = False,
+    evaluate: Iterable[Any] | Callable[[nn.Module], float | Mapping[str, float]] | None = None,
+    evaluate_every: int | None = None,
+    early_stopping: EarlyStopping | None = None,
+    nonfinite: str = "stop",
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callable[[Mapping[str, Any]], Any]] = (),
+    progress: bool | None = None,
+    seed: int | None = 0,
+) -> History:
+    """Train what the optimizer holds: ``L = (sum of losses) / (number of targets)`` over each window of batches.
+
+    Args:
+        model: any module, with a tuning attached or not.
+        batches: what can be iterated once per epoch: :class:`Batches`, a list, a DataLoader. Tensors in a batch
+            are moved to the trained parameters' device.
+        loss: (model, batch) -> (sum over the targets, number of targets), or a scalar that counts as one target.
+        optimizer: of the parameters that are trained.
+        steps: optimizer steps in all, those before a resumption included.
+        epochs: passes over ``batches`` instead, whose length has to be known.
+        scheduler: (step, steps in all) -> factor of each group's own rate; ``functools.partial(cosine, warmup=100)``.
+        accumulate: batches per step; the last step of an epoch may have fewer.
+        clip: largest norm of all gradients together.
+        autocast: dtype of the forward; float16 scales the loss.
+        checkpoint_activations: True computes repeated blocks twice instead of keeping what is inside them; or a
+            target: a glob on module names, a type, a predicate.
+        evaluate: batches, whose loss becomes ``eval_loss``; or a function of the model that gives a number (which is
+            taken for ``eval_loss``) or several by name, ``eval_`` put before them. In eval mode, without gradients, and
+            whatever it draws at random, training goes on as if it had not.
+        evaluate_every: steps between evaluations; None is once an epoch.
+        early_stopping: when to end before ``steps``; the best values are put back at the end.
+        nonfinite: ``"stop"`` raises where a loss or gradient is no number, ``"skip"`` leaves out the step and keeps
+            the batches in ``history.skipped``, up to 10 steps in succession.
+        checkpoint_dir: folder of its own, for going on after a crash, and ``log.jsonl``; needs a tuning.
+        checkpoint_every: steps between checkpoints; None is once an epoch.
+        resume: go on from ``checkpoint_dir``, or begin where nothing is there. The model has to have the same base
+            and tuning, the optimizer the same class and groups, ``batches`` the same contents.
+        callbacks: called with each step's row of the history; one that returns True ends the training.
+        progress: a bar on stderr (needs tqdm); None shows it in a terminal only.
+        seed: of all generators during training, which are then as they were; None leaves them alone.
+
+    Returns:
+        The history, one row per step.
+
+    Raises:
+        NonFiniteError: see ``nonfinite``; it carries the batches.
+        PeftlibError: arguments that contradict each other, a loss that depends on nothing trained, a folder that has
+            another training in it.
+
+    Example:
+        >>> import peftlib
+        >>> model = nn.Linear(2, 1)
+        >>> tuning = peftlib.attach(model, peftlib.FullFineTuning())
+        >>> data = [(torch.eye(2), torch.tensor([[1.0], [2.0]]))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(), len(batch[0])
+        >>> optimizer = torch.optim.Adam(tuning.parameters(), lr=0.1)
+        >>> fit(model, data, loss, optimizer=optimizer, steps=150).last("loss") < 0.01
+        True
+    """
+    per_epoch = _per_epoch(batches, accumulate)
+    total = _total(steps, epochs, per_epoch, accumulate)
+    evaluate_every = _every("evaluate", evaluate_every, per_epoch, needed=evaluate is not None)
+    checkpoint_every = _every("checkpoint", checkpoint_every, per_epoch, needed=checkpoint_dir is not None)
+    if nonfinite not in ("stop", "skip"):
+        raise PeftlibError(f"nonfinite={nonfinite!r} is unknown: use 'stop' or 'skip'.")
+    if early_stopping is not None and evaluate is None:
+        raise PeftlibError(
+            "early_stopping= needs evaluate=, or there is nothing to stop by: give some batches."
+        )
+    trained = what_is_trained(model, optimizer)
+    device = next(iter(optimizer.param_groups[0]["params"])).device
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    place = saving.Place(folder, trained, optimizer, scaler, {"seed": seed, "accumulate": accumulate})
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    optimizer.zero_grad()
+
+    with rng.seeded(seed), mode(model, True), checkpointed(model, checkpoint_activations):
+        state = place.open(resume)
+        windows = _windows(batches, state, accumulate)
+        with progress_bar(total, state.step, progress) as show:
+            while state.step < total and not state.stopped:
+                began = time.perf_counter()
+                window = next(windows)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * scheduler(state.step, total)
+                rate = optimizer.param_groups[0]["lr"]
+                row = train_step(model, window, loss, optimizer, clip=clip, autocast=autocast, scaler=scaler)
+                row = {"step": state.step, "epoch": state.epoch, "rate": rate, **row}
+                if not row["made"]:
+                    _not_finite(row, window, state, nonfinite, scaler)
+                else:
+                    state.skips = 0
+                state.step += 1
+                state.history.add(row, time.perf_counter() - began)
+
+                if evaluate is not None and (state.step % evaluate_every == 0 or state.step == total):
+                    row |= run_evaluation(model, evaluate, loss, autocast, device)
+                    if early_stopping is not None:
+                        _consider(early_stopping, row, state, trained)
+                show(row, state.history.seconds[-1])
+                answers = [callback(row) for callback in (place.log, *callbacks)]
+                state.stopped |= any(answer is True for answer in answers)
+                ended = state.step == total or state.stopped
+                if folder is not None and (ended or state.step % checkpoint_every == 0):
+                    place.save(state)
+    if state.best_values:
+        trained.load_state_dict(state.best_values)
+    return state.history
+
+
+def _windows(batches: Iterable[Any], state: State, accumulate: int) -> Iterator[list[Any]]:
+    """Lists of batches, epoch after epoch, from the state's place on, which it moves."""
+    while True:
+        now = rng.capture()
+        if state.position == 0:
+            state.epoch_rng = now
+        # a DataLoader draws its order when it begins: let it draw what it drew then
+        rng.restore(state.epoch_rng)
+        if isinstance(batches, Batches):
+            source = batches.epoch(state.epoch, state.position)
+        else:
+            source = iter(batches)
+            for _ in islice(source, state.position):
+                pass
+        if state.position:
+            rng.restore(now)
+        while window := list(islice(source, accumulate)):
+            state.position += len(window)
+            yield window
+        if state.position == 0:
+            raise PeftlibError(
+                f"Epoch {state.epoch} has no batch. Pass what can be iterated again and again (a list, Batches, a "
+                "DataLoader), not an iterator that is used up."
+            )
+        state.epoch, state.position = state.epoch + 1, 0
+
+
+def _not_finite(
+    row: dict[str, Any], window: list[Any], state: State, what: str, scaler: torch.amp.GradScaler
+) -> None:
+    if scaler.is_enabled() and math.isfinite(row["loss"]):
+        return  # float16's scale was too high, and is lower now
+    state.skips += 1
+    state.history.skipped = [*state.history.skipped, (state.step, window)][-SKIPS:]
+    if what == "stop" or state.skips > SKIPS:
+        raise NonFiniteError(
+            f"Step {state.step}: loss {row['loss']:g}, norm of the gradients {row['norm']:g}. The values are those "
+            "from before it; the batches are in this error's .batches. Lower the rate, set clip=, or look for empty or "
+            "extreme examples; nonfinite='skip' leaves such steps out.",
+            state.step,
+            window,
+        )
+
+
+@torch.no_grad()
+def run_evaluation(
+    model: nn.Module, evaluate: Any, loss: Loss, autocast: torch.dtype | None, device: torch.device
+) -> dict[str, float]:
+    """The numbers of ``evaluate``, as ``eval_...``; neither the random state nor train mode notices."""
+    with rng.untouched(), mode(model, False):
+        if callable(evaluate):
+            found = evaluate(model)
+            named = found if isinstance(found, Mapping) else {"loss": found}
+            return {f"eval_{name}": float(value) for name, value in named.items()}
+        total, targets = 0.0, 0.0
+        for batch in evaluate:
+            value, count = weighted(loss, model, moved(batch, device), autocast, device)
+            total, targets = total + value.item(), targets + count
+    if not targets:
+        raise PeftlibError("evaluate= has no batches. Pass what can be iterated again and again.")
+    return {"eval_loss": total / targets}
+
+
+def _consider(stopping: EarlyStopping, row: Mapping[str, Any], state: State, trained: Any) -> None:
+    if stopping.metric not in row:
+        raise PeftlibError(
+            f"early_stopping watches {stopping.metric!r}, and evaluate= gives: "
+            f"{', '.join(k for k in row if k.startswith('eval_'))}. Name one of these."
+        )
+    now = row[stopping.metric]
+    if stopping.better(now, state.best):
+        state.best, state.waited = now, 0
+        state.best_values = {name: value.clone() for name, value in trained.state_dict().items()}
+    else:
+        state.waited += 1
+        state.stopped = state.waited >= stopping.patience
+
+
+def what_is_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tuning | nn.Module:
+    """The tuning whose parameters the optimizer has, or the model itself if they are in no tuning.
+
+    Raises:
+        PeftlibError: a parameter is not the model's.
+    """
+    wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for tuning in tunings(model).values():
+        if wanted <= {id(p) for p in tuning.parameters()}:
+            return tuning
+    if not wanted <= {id(p) for p in model.parameters()}:
+        raise PeftlibError(
+            "The optimizer trains parameters that are not the model's. Make it of tuning.parameters(), after attaching."
+        )
+    return model
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, train: bool) -> Iterator[None]:
+    """Train or eval mode; each module has its own back afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(train)
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _per_epoch(batches: Iterable[Any], accumulate: int) -> int | None:
+    if accumulate < 1:
+        raise PeftlibError(f"accumulate={accumulate}: a step needs at least one batch.")
+    try:
+        return -(-len(batches) // accumulate)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _total(steps: int | None, epochs: int | None, per_epoch: int | None, accumulate: int) -> int:
+    if (steps is None) == (epochs is None):
+        raise PeftlibError(f"Give steps= or epochs=, one of them; got steps={steps}, epochs={epochs}.")
+    if steps is not None:
+        total = steps
+    elif per_epoch is None:
+        raise PeftlibError("epochs= needs batches with a length; these have none. Give steps=.")
+    else:
+        total = (epochs or 0) * per_epoch
+    if total < 1:
+        raise PeftlibError(
+            f"There is nothing to do: steps={steps}, epochs={epochs}, {per_epoch} step(s) each."
+        )
+    return total
+
+
+def _every(name: str, every: int | None, per_epoch: int | None, *, needed: bool) -> int:
+    if every is None and per_epoch is None and needed:
+        raise PeftlibError(f"The batches have no length, so an epoch's end is unknown: give {name}_every=.")
+    if every is not None and every < 1:
+        raise PeftlibError(f"{name}_every={every}: give a number of steps from 1.")
+    return every or per_epoch or 1

@@ -1,0 +1,127 @@
+"""A training in a folder: the tuning and its optimizer in one file, the rest in another, which is the one that counts.
+
+``state.safetensors`` says which step it is of, and so which tuning's file belongs to it. It is written last and
+replaced at once, so a training that is killed at any moment leaves a whole checkpoint, the last one or the one before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlib import PeftlibError, Tuning
+from peftlib.container import reading, write
+from peftlib.train import rng
+from peftlib.train.history import History
+from peftlib.train.logs import JsonlLog
+
+if TYPE_CHECKING:
+    from peftlib.train.loop import State
+
+STATE, LOG = "state.safetensors", "log.jsonl"
+_APART = ("epoch_rng", "best_values", "history")
+
+
+class Place:
+    """Where a training is kept, or nowhere (``folder=None``)."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        trained: Tuning | nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        settings: Mapping[str, Any],
+    ):
+        if folder is not None and not isinstance(trained, Tuning):
+            raise PeftlibError(
+                "checkpoint_dir= keeps a tuning, and the optimizer trains parameters outside of one. Attach one "
+                "(FullFineTuning() trains all), and make the optimizer of its parameters."
+            )
+        self.folder, self.trained, self.optimizer = folder, trained, optimizer
+        self.scaler, self.settings = scaler, dict(settings)
+        self.log = JsonlLog(folder / LOG) if folder is not None else lambda row: None
+
+    def open(self, resume: bool) -> State:
+        """A state to begin with, or the saved one, put into tuning, optimizer and generators."""
+        from peftlib.train.loop import State
+
+        if self.folder is None:
+            if resume:
+                raise PeftlibError("resume=True needs the checkpoint_dir= to go on from.")
+            return State()
+        there = (self.folder / STATE).exists()
+        if there and not resume:
+            raise PeftlibError(
+                f"{str(self.folder)!r} already holds a training. Pass resume=True to go on with it, or another folder."
+            )
+        if there:
+            return self._load(State())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # at once: what cannot be saved is known now, and initial values drawn at random are kept
+        state = State()
+        self.save(state)
+        return state
+
+    def save(self, state: State) -> None:
+        """Both files; afterwards the tuning of the checkpoint before is gone."""
+        assert self.folder is not None
+        assert isinstance(self.trained, Tuning)
+        current = self._tuning(state.step)
+        self.trained.save(current, optimizer=self.optimizer)
+        plain = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in _APART}
+        about = {
+            "state": plain,
+            "rows": state.history.rows,
+            "seconds": state.history.seconds,
+            "settings": self.settings,
+            "scaler": self.scaler.state_dict(),
+        }
+        groups = {"rng": rng.capture(), "epoch_rng": state.epoch_rng, "best_values": state.best_values}
+        tensors = {f"{group}/{k}": t for group, held in groups.items() for k, t in held.items()}
+        write(self.folder / STATE, tensors, about)
+        for old in self.folder.glob("tuning-*.safetensors"):
+            if old != current:
+                old.unlink()
+
+    def _load(self, state: State) -> State:
+        assert self.folder is not None
+        assert isinstance(self.trained, Tuning)
+        with reading(self.folder / STATE) as file:
+            about, tensors = file.about, file.tensors()
+        for name, value in self.settings.items():
+            if about["settings"].get(name) != value:
+                raise PeftlibError(
+                    f"{str(self.folder)!r} was trained with {name}={about['settings'].get(name)!r}, not {value!r}. Go "
+                    "on with the same, or begin in another folder."
+                )
+        for name, value in about["state"].items():
+            setattr(state, name, value)
+        path = self._tuning(state.step)
+        with reading(path) as file:
+            values = file.tensors(name for name in file.entries if not name.startswith("optimizer/"))
+        before = {name: value.clone() for name, value in self.trained.state_dict().items()}
+        self.trained.load_state_dict(values)
+        try:
+            self.trained.load_optimizer(self.optimizer, path)
+        except PeftlibError:
+            self.trained.load_state_dict(before)
+            raise
+        self.scaler.load_state_dict(about["scaler"]) if self.scaler.is_enabled() else None
+        state.history = History(rows=about["rows"], seconds=about["seconds"])
+        state.epoch_rng, state.best_values = _group(tensors, "epoch_rng"), _group(tensors, "best_values")
+        rng.restore(_group(tensors, "rng"))
+        return state
+
+    def _tuning(self, step: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"tuning-{step}.safetensors"
+
+
+def _group(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}

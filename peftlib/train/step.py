@@ -1,0 +1,122 @@
+"""One optimizer step over a window of micro-batches: the mean over all its targets, whatever batch they came in.
+
+A mean of means weighs a target in a short batch more than one in a long batch. Here every loss gives its *sum* and how
+many targets are in it, gradients add up, and are divided once, by the targets of the whole window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from peftlib import PeftlibError
+
+Loss = Callable[[nn.Module, Any], Any]
+"""(model, batch) -> (sum over the targets, number of targets), or a scalar that counts as one target."""
+
+
+class NonFiniteError(PeftlibError):
+    """A loss or a gradient that is no number; the model has the values from before the step.
+
+    Attributes:
+        step: the step that was not made.
+        batches: the micro-batches of its window.
+    """
+
+    def __init__(self, message: str, step: int, batches: Sequence[Any]):
+        super().__init__(message)
+        self.step = step
+        self.batches = batches
+
+
+def train_step(
+    model: nn.Module,
+    window: Sequence[Any],
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    *,
+    clip: float | None = None,
+    autocast: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> dict[str, Any]:
+    """Backward over the window, clip, step: ``L = sum of losses / sum of counts``, over all its micro-batches.
+
+    Returns:
+        ``loss`` and ``norm`` (of the gradients, before clipping) as floats, ``targets``, and ``made``: False if a
+        number was not finite, and then nothing but the gradients' memory has changed.
+
+    Raises:
+        PeftlibError: the loss does not depend on what is trained, or counts no targets.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    device = parameters[0].device
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    sums, targets, first = [], 0.0, 0.0
+    for batch in window:
+        value, count = weighted(loss, model, moved(batch, device), autocast, device)
+        if not value.requires_grad:
+            raise PeftlibError(
+                "The loss does not depend on anything that is trained. Attach a tuning before training, and compute "
+                "the loss from the model's output without detach() or no_grad()."
+            )
+        # the first count keeps the gradients' size; the true one is known when the window is through
+        first = first or count
+        scaler.scale(value / first).backward()
+        sums.append(value.detach().double())
+        targets += count
+    scaler.unscale_(optimizer) if scaler.is_enabled() else None
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if targets != first:
+        torch._foreach_mul_(gradients, first / targets)
+    norm = get_total_norm(gradients)
+    row = {"loss": float(sum(sums)) / targets, "norm": float(norm), "targets": targets}
+    row["made"] = math.isfinite(row["loss"]) and math.isfinite(row["norm"])
+    if row["made"]:
+        if clip is not None:
+            clip_grads_with_norm_(parameters, clip, norm)
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return row
+
+
+def weighted(
+    loss: Loss, model: nn.Module, batch: Any, autocast: torch.dtype | None, device: torch.device
+) -> tuple[Tensor, float]:
+    """A loss's sum and count, checked."""
+    cast = torch.autocast(device.type, autocast) if autocast is not None else contextlib.nullcontext()
+    with cast:
+        result = loss(model, batch)
+    value, count = result if isinstance(result, tuple) and len(result) == 2 else (result, 1)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = (
+            f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        )
+        raise PeftlibError(
+            f"The loss gave {what}. Return (sum over the targets, number of targets), or one scalar tensor."
+        )
+    count = float(count)
+    if not count > 0:
+        raise PeftlibError(
+            f"The loss counted {count:g} targets in a batch. Leave out batches without targets."
+        )
+    return value.reshape(()), count
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on ``device``; dicts, lists and tuples are followed, anything else stays."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
