@@ -199,6 +199,8 @@ def code_strings(tree: ast.Module) -> Iterator[str]:
 def test_no_branch_on_the_name_or_family_of_a_model(path: Path) -> None:
     # Longer strings are sentences.
     found = [s for s in code_strings(tree_of(path)) if len(s) < 40 and FAMILIES.fullmatch(s)]
+    if path.parent.name == "train":
+        found = [s for s in found if s != "clip"]  # what happens to gradients
     assert not found
 
 

@@ -8,81 +8,31 @@ Left out on purpose: several processes, sampling by loss, regularizers (add them
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftlib import PeftlibError, Tuning, tunings
 from peftlib.memory import checkpointed
-from peftlib.train import rng, saving
 from peftlib.train.batches import Batches
+from peftlib.train.evaluation import EarlyStopping, consider, mode, run_evaluation
 from peftlib.train.history import History
 from peftlib.train.logs import progress_bar
+from peftlib.train.rng import capture, restore, seeded
+from peftlib.train.saving import Place
 from peftlib.train.schedules import Schedule, constant
-from peftlib.train.step import Loss, NonFiniteError, moved, train_step, weighted
+from peftlib.train.state import State
+from peftlib.train.step import Loss, NonFiniteError, train_step
 
 SKIPS = 10
 """So many steps in succession that are not finite are no accident."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EarlyStopping:
-    """End when a number has not improved for a while; the tuning then has its best values again.
-
-    Args:
-        patience: evaluations without improvement before the end.
-        metric: which number of the history.
-        higher_is_better: True for accuracies.
-        by: how much better counts as better.
-
-    Example:
-        >>> EarlyStopping(patience=2, metric="eval_accuracy", higher_is_better=True).better(0.8, 0.7)
-        True
-    """
-
-    patience: int = 3
-    metric: str = "eval_loss"
-    higher_is_better: bool = False
-    by: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.patience < 1 or self.by < 0:
-            raise PeftlibError(
-                f"EarlyStopping takes patience >= 1 and by >= 0; got {self.patience}, {self.by}."
-            )
-
-    def better(self, now: float, best: float | None) -> bool:
-        """Whether ``now`` is an improvement; what is no number never is."""
-        if not math.isfinite(now) or best is None:
-            return math.isfinite(now)
-        return now > best + self.by if self.higher_is_better else now < best - self.by
-
-
-@dataclass
-class State:
-    """What, besides values, optimizer and random state, the next step depends on."""
-
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    """Batches of this epoch that are done."""
-    epoch_rng: dict[str, Tensor] = field(default_factory=dict)
-    """The random state when this epoch's iterator was made."""
-    skips: int = 0
-    best: float | None = None
-    best_values: dict[str, Tensor] = field(default_factory=dict)
-    waited: int = 0
-    stopped: bool = False
-    history: History = field(default_factory=History)
 
 
 def fit(
@@ -173,12 +123,12 @@ def fit(
     device = next(iter(optimizer.param_groups[0]["params"])).device
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    place = saving.Place(folder, trained, optimizer, scaler, {"seed": seed, "accumulate": accumulate})
+    place = Place(folder, trained, optimizer, scaler, {"seed": seed, "accumulate": accumulate})
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     optimizer.zero_grad()
 
-    with rng.seeded(seed), mode(model, True), checkpointed(model, checkpoint_activations):
+    with seeded(seed), mode(model, True), checkpointed(model, checkpoint_activations):
         state = place.open(resume)
         windows = _windows(batches, state, accumulate)
         with progress_bar(total, state.step, progress) as show:
@@ -200,7 +150,7 @@ def fit(
                 if evaluate is not None and (state.step % evaluate_every == 0 or state.step == total):
                     row |= run_evaluation(model, evaluate, loss, autocast, device)
                     if early_stopping is not None:
-                        _consider(early_stopping, row, state, trained)
+                        consider(early_stopping, row, state, trained)
                 show(row, state.history.seconds[-1])
                 answers = [callback(row) for callback in (place.log, *callbacks)]
                 state.stopped |= any(answer is True for answer in answers)
@@ -215,11 +165,11 @@ def fit(
 def _windows(batches: Iterable[Any], state: State, accumulate: int) -> Iterator[list[Any]]:
     """Lists of batches, epoch after epoch, from the state's place on, which it moves."""
     while True:
-        now = rng.capture()
+        now = capture()
         if state.position == 0:
             state.epoch_rng = now
         # a DataLoader draws its order when it begins: let it draw what it drew then
-        rng.restore(state.epoch_rng)
+        restore(state.epoch_rng)
         if isinstance(batches, Batches):
             source = batches.epoch(state.epoch, state.position)
         else:
@@ -227,7 +177,7 @@ def _windows(batches: Iterable[Any], state: State, accumulate: int) -> Iterator[
             for _ in islice(source, state.position):
                 pass
         if state.position:
-            rng.restore(now)
+            restore(now)
         while window := list(islice(source, accumulate)):
             state.position += len(window)
             yield window
@@ -256,40 +206,6 @@ def _not_finite(
         )
 
 
-@torch.no_grad()
-def run_evaluation(
-    model: nn.Module, evaluate: Any, loss: Loss, autocast: torch.dtype | None, device: torch.device
-) -> dict[str, float]:
-    """The numbers of ``evaluate``, as ``eval_...``; neither the random state nor train mode notices."""
-    with rng.untouched(), mode(model, False):
-        if callable(evaluate):
-            found = evaluate(model)
-            named = found if isinstance(found, Mapping) else {"loss": found}
-            return {f"eval_{name}": float(value) for name, value in named.items()}
-        total, targets = 0.0, 0.0
-        for batch in evaluate:
-            value, count = weighted(loss, model, moved(batch, device), autocast, device)
-            total, targets = total + value.item(), targets + count
-    if not targets:
-        raise PeftlibError("evaluate= has no batches. Pass what can be iterated again and again.")
-    return {"eval_loss": total / targets}
-
-
-def _consider(stopping: EarlyStopping, row: Mapping[str, Any], state: State, trained: Any) -> None:
-    if stopping.metric not in row:
-        raise PeftlibError(
-            f"early_stopping watches {stopping.metric!r}, and evaluate= gives: "
-            f"{', '.join(k for k in row if k.startswith('eval_'))}. Name one of these."
-        )
-    now = row[stopping.metric]
-    if stopping.better(now, state.best):
-        state.best, state.waited = now, 0
-        state.best_values = {name: value.clone() for name, value in trained.state_dict().items()}
-    else:
-        state.waited += 1
-        state.stopped = state.waited >= stopping.patience
-
-
 def what_is_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tuning | nn.Module:
     """The tuning whose parameters the optimizer has, or the model itself if they are in no tuning.
 
@@ -305,18 +221,6 @@ def what_is_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tunin
             "The optimizer trains parameters that are not the model's. Make it of tuning.parameters(), after attaching."
         )
     return model
-
-
-@contextlib.contextmanager
-def mode(model: nn.Module, train: bool) -> Iterator[None]:
-    """Train or eval mode; each module has its own back afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(train)
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _per_epoch(batches: Iterable[Any], accumulate: int) -> int | None:

@@ -9,19 +9,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftlib import PeftlibError, Tuning
 from peftlib.container import reading, write
-from peftlib.train import rng
 from peftlib.train.history import History
 from peftlib.train.logs import JsonlLog
-
-if TYPE_CHECKING:
-    from peftlib.train.loop import State
+from peftlib.train.rng import capture, restore
+from peftlib.train.state import State
 
 STATE, LOG = "state.safetensors", "log.jsonl"
 _APART = ("epoch_rng", "best_values", "history")
@@ -49,8 +47,6 @@ class Place:
 
     def open(self, resume: bool) -> State:
         """A state to begin with, or the saved one, put into tuning, optimizer and generators."""
-        from peftlib.train.loop import State
-
         if self.folder is None:
             if resume:
                 raise PeftlibError("resume=True needs the checkpoint_dir= to go on from.")
@@ -82,7 +78,7 @@ class Place:
             "settings": self.settings,
             "scaler": self.scaler.state_dict(),
         }
-        groups = {"rng": rng.capture(), "epoch_rng": state.epoch_rng, "best_values": state.best_values}
+        groups = {"rng": capture(), "epoch_rng": state.epoch_rng, "best_values": state.best_values}
         tensors = {f"{group}/{k}": t for group, held in groups.items() for k, t in held.items()}
         write(self.folder / STATE, tensors, about)
         for old in self.folder.glob("tuning-*.safetensors"):
@@ -115,7 +111,7 @@ class Place:
         self.scaler.load_state_dict(about["scaler"]) if self.scaler.is_enabled() else None
         state.history = History(rows=about["rows"], seconds=about["seconds"])
         state.epoch_rng, state.best_values = _group(tensors, "epoch_rng"), _group(tensors, "best_values")
-        rng.restore(_group(tensors, "rng"))
+        restore(_group(tensors, "rng"))
         return state
 
     def _tuning(self, step: int) -> Path:

@@ -108,7 +108,7 @@ def test_schedules_rise_and_fall():
     for schedule in (linear, cosine):
         curve = [schedule(i, 100, warmup=10, floor=0.1) for i in range(101)]
         assert curve[:11] == pytest.approx([(i + 1) / 11 for i in range(11)])
-        assert all(a > b for a, b in itertools.pairwise(curve))
+        assert all(a > b for a, b in itertools.pairwise(curve[10:]))
         assert curve[100] == pytest.approx(0.1)
         assert schedule(1000, 100, warmup=10, floor=0.1) == pytest.approx(0.1)
         assert all(0 < schedule(i, 3, warmup=9) <= 1 for i in range(3))
