@@ -205,19 +205,21 @@ class Rows:
         numbers = self.numbers(what)
         if len(set(numbers)) == 1:
             return numbers[0]
-        return self.constant(numbers, like.device).to(like.dtype).view(-1, 1, 1)
+        return self.constant(numbers, like.device, like.dtype).view(-1, 1, 1)
 
     def present(self, device: torch.device) -> Tensor:
         """(B,) bool: which rows have a delta here at all."""
         return self.constant([i < len(self.deltas) for i in self.which], device)
 
-    def constant(self, values: Sequence[Any], device: torch.device) -> Tensor:
+    def constant(
+        self, values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """(B,): a number for each row, on the device once and for all."""
-        key = (tuple(values), device)
+        key = (tuple(values), device, dtype)
         if torch.compiler.is_compiling():
-            return torch.tensor(values, device=device)
+            return torch.tensor(values, device=device, dtype=dtype)
         if key not in self._constants:
-            self._constants[key] = torch.tensor(values, device=device)
+            self._constants[key] = torch.tensor(values, device=device, dtype=dtype)
         return self._constants[key]
 
 
