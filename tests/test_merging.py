@@ -29,7 +29,7 @@ from peftlib import (
     TokenRows,
 )
 from peftlib.errors import StateError
-from peftlib.methods.lora import LowRank
+from peftlib.methods.lora_deltas import LowRank
 from peftlib.targets import Tree
 from tests.contract import close, differences, snapshot
 from tests.twin import randomize
@@ -150,7 +150,7 @@ def test_a_merged_weight_is_the_exact_sum_rounded_once(
 def test_a_narrow_weight_wider_than_a_block_is_the_same_sum(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftlib.methods.lora._BLOCK", 7 * rows)
+    monkeypatch.setattr("peftlib.methods.lora_linear._BLOCK", 7 * rows)
     model = nn.Linear(7, 5).bfloat16()
     tuning = tuned(model, "t", LoRA(rank=2))
     a, b = (tuning.state_dict()[f"lora.{k}"].double() for k in "ab")

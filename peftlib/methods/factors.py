@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from peftlib.errors import PeftlibError
 from peftlib.methods.base import Delta
-from peftlib.methods.lora import ConvLoRA, EmbeddingLoRA, LinearLoRA, LowRank, ParameterLoRA
+from peftlib.methods.lora_deltas import ConvLoRA, EmbeddingLoRA, LowRank, ParameterLoRA
+from peftlib.methods.lora_linear import LinearLoRA
 
 Ranges = tuple[tuple[int, int], ...]
 

@@ -495,9 +495,9 @@ def test_only_a_plain_linear_is_computed_without_its_forward(
     make: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = []
-    inner = peftlib.methods.lora.low_rank_linear
+    inner = peftlib.methods.lora_linear.low_rank_linear
     monkeypatch.setattr(
-        peftlib.methods.lora, "low_rank_linear", lambda *args: whole.append(1) or inner(*args)
+        peftlib.methods.lora_linear, "low_rank_linear", lambda *args: whole.append(1) or inner(*args)
     )
     host = make(6, 6).to(D)
     x = torch.randn(2, 9, 6, dtype=D)
