@@ -1,0 +1,186 @@
+"""Examples as rows of ids: cut, padded, or packed several to a row.
+
+Padding is known by lengths and never by its id, so the end token is trained even where it pads too, and a model
+learns to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftlib import PeftlibError
+from peftlib.train.data import Example
+from peftlib.train.losses import IGNORE
+from peftlib.train.tokens import Tokenizer
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example: ``ids``, and ``labels`` that are the id where it is trained and -100 elsewhere."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def encode(
+    example: Example, tokenizer: Tokenizer, *, max_length: int | None = None, whole: bool = False
+) -> Encoded:
+    """An example's ids, with an end token after each trained segment, trained too; labels for the completion only.
+
+    Segments are encoded one by one: a token never spans a prompt and its completion, as none does when the model
+    is asked.
+
+    Args:
+        example: from :func:`peftlib.train.read_jsonl`.
+        tokenizer: see :func:`peftlib.train.as_tokenizer`.
+        max_length: a longer one loses the beginning of its prompt.
+        whole: train the prompt as well.
+
+    Raises:
+        PeftlibError: nothing is trained, or what is trained does not fit with at least one token before it.
+
+    Example:
+        >>> from peftlib.train import byte_tokenizer
+        >>> encode(Example((("a", False), ("b", True))), byte_tokenizer())
+        Encoded(ids=[97, 98, 257], labels=[-100, 98, 257])
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, trained in example.segments:
+        new = tokenizer.encode(text) + ([tokenizer.eos_id] if trained else [])
+        ids += new
+        labels += new if trained or whole else [IGNORE] * len(new)
+    where = example.source or "The example"
+    if all(label == IGNORE for label in labels[1:]):
+        raise PeftlibError(
+            f"{where}: there is nothing to train on: the completion has no token after the first."
+        )
+    if max_length is not None and len(ids) > max_length:
+        first = next(i for i, label in enumerate(labels) if label != IGNORE)
+        cut = len(ids) - max_length
+        if not whole and cut >= max(first, 1):
+            raise PeftlibError(
+                f"{where}: what is trained has {len(ids) - first} tokens and max_length={max_length}, so "
+                "nothing would be left of the prompt. Raise max_length, or leave the example out."
+            )
+        ids, labels = ids[cut:], labels[cut:]
+    return Encoded(ids, labels)
+
+
+def pad(
+    examples: Sequence[Encoded], pad_id: int, *, side: str = "right", multiple: int = 1
+) -> dict[str, Any]:
+    """Rows of one length: ``inputs`` (B, T), ``labels`` with -100 at the padding, and ``attention_mask``.
+
+    The mask says which positions are real, by lengths. Rows padded on the right need no mask in a causal model.
+
+    Args:
+        examples: at least one.
+        pad_id: what fills; it may be the end token.
+        side: "right" or "left".
+        multiple: T is a multiple of it.
+
+    Raises:
+        PeftlibError: no examples, or another side.
+
+    Example:
+        >>> batch = pad([Encoded([5, 2], [-100, 2]), Encoded([6, 7, 2], [-100, 7, 2])], pad_id=2)
+        >>> batch["inputs"].tolist(), batch["labels"].tolist()
+        ([[5, 2, 2], [6, 7, 2]], [[-100, 2, -100], [-100, 7, 2]])
+    """
+    if not examples or side not in ("right", "left") or multiple < 1:
+        raise PeftlibError(
+            f"pad takes examples, side 'right' or 'left' and multiple >= 1; got {len(examples)}, {side!r}, {multiple}."
+        )
+    length = -(-max(len(e.ids) for e in examples) // multiple) * multiple
+
+    def row(values: Sequence[int], fill: int) -> list[int]:
+        more = [fill] * (length - len(values))
+        return [*values, *more] if side == "right" else [*more, *values]
+
+    return {
+        "inputs": torch.tensor([row(e.ids, pad_id) for e in examples]),
+        "labels": torch.tensor([row(e.labels, IGNORE) for e in examples]),
+        "attention_mask": torch.tensor([row([1] * len(e.ids), 0) for e in examples]).bool(),
+    }
+
+
+def padder(tokenizer: Tokenizer, **options: Any) -> Callable[[Sequence[Encoded]], dict[str, Any]]:
+    """:func:`pad` with a tokenizer's padding, as ``collate`` of :class:`peftlib.train.Batches`."""
+    return partial(pad, pad_id=tokenizer.pad_id, **options)
+
+
+def pack(examples: Sequence[Encoded], length: int, pad_id: int) -> list[dict[str, Tensor]]:
+    """Several documents to a row of ``length``, each in the first row with room, so that little is padding.
+
+    ``documents`` numbers the documents of a row from 0 (-1 is padding), ``positions`` start at 0 in each, and a
+    document's first label is -100, so that none is predicted from the one before. A model sees the documents apart if
+    it is given :func:`document_mask`, or, if its attention is told so by positions that start anew, ``positions``;
+    with neither, later documents read earlier ones.
+
+    Args:
+        examples: none longer than ``length``.
+        length: of every row.
+        pad_id: what fills the rest.
+
+    Raises:
+        PeftlibError: an example that is too long.
+
+    Example:
+        >>> rows = pack([Encoded([1, 2], [1, 2]), Encoded([3], [3]), Encoded([4, 5], [4, 5])], 4, pad_id=0)
+        >>> (
+        ...     [row["ids"].tolist() for row in rows],
+        ...     rows[0]["documents"].tolist(),
+        ...     rows[0]["positions"].tolist(),
+        ... )
+        ([[1, 2, 3, 0], [4, 5, 0, 0]], [0, 0, 1, -1], [0, 1, 0, 0])
+    """
+    rows: list[list[Encoded]] = []
+    room: list[int] = []
+    for number, example in enumerate(examples):
+        size = len(example.ids)
+        if size > length:
+            raise PeftlibError(
+                f"Example {number} has {size} tokens and a row {length}. Encode with max_length={length}."
+            )
+        fits = next((i for i, left in enumerate(room) if left >= size), len(rows))
+        if fits == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[fits].append(example)
+        room[fits] -= size
+    return [_packed(row, length, pad_id) for row in rows]
+
+
+def _packed(row: Sequence[Encoded], length: int, pad_id: int) -> dict[str, Tensor]:
+    columns: dict[str, list[int]] = {"ids": [], "labels": [], "documents": [], "positions": []}
+    for number, example in enumerate(row):
+        size = len(example.ids)
+        columns["ids"] += example.ids
+        columns["labels"] += [IGNORE, *example.labels[1:]]
+        columns["documents"] += [number] * size
+        columns["positions"] += range(size)
+    fill = {"ids": pad_id, "labels": IGNORE, "documents": -1, "positions": 0}
+    return {
+        name: torch.tensor([*values, *[fill[name]] * (length - len(values))])
+        for name, values in columns.items()
+    }
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Which key a query sees: an earlier one, or itself, of its own document; (B, T) -> (B, 1, T, T), True is seen.
+
+    For ``F.scaled_dot_product_attention(..., attn_mask=...)``; padding sees padding, so that no row is empty.
+
+    Example:
+        >>> document_mask(torch.tensor([[0, 0, 1]]))[0, 0].int().tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    """
+    same = documents[:, :, None] == documents[:, None, :]
+    return (same & torch.ones_like(same).tril())[:, None]
