@@ -107,6 +107,17 @@ def test_interrupted_after_any_step(tmp_path, kind, method, at):
     assert log(tmp_path / "parts") == log(tmp_path / "whole") == whole[1].rows
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"autocast": torch.float16}, {"autocast": torch.bfloat16}, {"checkpoint_activations": "0"}],
+)
+def test_interrupted_with_scaled_losses_and_recomputed_blocks(tmp_path, options):
+    whole = train(tmp_path / "whole", **options)
+    with pytest.raises(Stop):
+        train(tmp_path / "parts", callbacks=[partial(stopping, 4)], **options)
+    same(train(tmp_path / "parts", **options), whole)
+
+
 KILLED = """
 import os, random, signal, sys
 from pathlib import Path
