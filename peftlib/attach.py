@@ -15,9 +15,9 @@ from peftlib.methods.base import Method, Site
 from peftlib.methods.full import FullFineTuning
 from peftlib.methods.new_head import NewHead
 from peftlib.open_attention import Projection
-from peftlib.site import TUNINGS, can_open_attention, close_host, open_host, set_active
+from peftlib.site import TUNINGS, can_open_attention, check_no_route, close_host, open_host, set_active
 from peftlib.targets import Tree, describe, select
-from peftlib.tuning import Part, Tuning, check_no_route, hold_flags, registry, restore_flags
+from peftlib.tuning import Part, Tuning, hold_flags, registry, restore_flags
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe
@@ -99,7 +99,7 @@ def build_parts(tree: Tree, plan: Plan, name: str) -> list[Part]:
     parts: list[Part] = []
     taken: set[tuple[int, str]] = set()
     nesting: set[int] = set()
-    for method, sites in plan:
+    for entry, (method, sites) in enumerate(plan):
         given = {site.name: site for site in sites}
         for site_name, delta in method.build(sites).items():
             site = given.get(site_name) or tree.site(site_name)
@@ -124,6 +124,7 @@ def build_parts(tree: Tree, plan: Plan, name: str) -> list[Part]:
                     key,
                     opened,
                     site_name in given,
+                    entry,
                 )
             )
     return parts

@@ -7,6 +7,7 @@ touched. Nothing in a file can import or run code: methods are looked up among t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from peftlib import methods, resume
 from peftlib.attach import Plan, check_name
 from peftlib.container import reading, write
-from peftlib.errors import CheckpointError
+from peftlib.errors import CheckpointError, PeftlibError
 from peftlib.fingerprint import check_base, fingerprint
 from peftlib.methods.base import METHODS, Method, Site
 from peftlib.restore import explained, restore
@@ -33,6 +34,7 @@ def save(
     hash_base: bool = False,
 ) -> None:
     """Write a tuning to ``path``; see :meth:`peftlib.Tuning.save`."""
+    check_path(path)
     state = tuning.state_dict()
     empty = [k for k, t in state.items() if t.is_meta]
     if empty:
@@ -99,6 +101,9 @@ def load(
         >>> peftlib.load(fresh, path)
         Tuning('chat', 1 sites, 16 parameters, enabled)
     """
+    if not isinstance(model, nn.Module):
+        raise PeftlibError(f"load needs an nn.Module; got {type(model).__name__}.")
+    check_path(path)
     shown = os.fspath(path)
     with reading(path) as file:
         about = file.about
@@ -117,12 +122,16 @@ def load(
     return restore(tree, plan, state, name=name, trainable=trainable, source=source, what=what)
 
 
+def check_path(path: Any) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise PeftlibError(f"A tuning's file is named by a str or a path; got {type(path).__name__}.")
+
+
 def _grouped(parts: list[Part]) -> Iterator[tuple[Method, list[Part]]]:
-    groups: dict[int, tuple[Method, list[Part]]] = {}
-    for part in parts:
-        if part.built:
-            groups.setdefault(id(part.method), (part.method, []))[1].append(part)
-    yield from groups.values()
+    """What one call of ``build`` made, in order: deltas of one host run in the order in which they are built."""
+    for _, group in itertools.groupby((p for p in parts if p.built), key=lambda p: p.entry):
+        found = list(group)
+        yield found[0].method, found
 
 
 def _encode(method: Method) -> dict[str, Any]:

@@ -110,6 +110,10 @@ def reading(path: str | os.PathLike[str]) -> Iterator[Reading]:
         stored = Stored(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {shown}.") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(
+            f"{shown} is a directory. Give the file that Tuning.save wrote; HF peft's are read by peftlib.hf.load."
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{shown} is no readable tuning file (truncated, damaged or something else): {error}. "

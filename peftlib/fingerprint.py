@@ -12,8 +12,7 @@ from torch import Tensor
 
 from peftlib.errors import CheckpointError, StateError
 from peftlib.merging import MERGED
-from peftlib.methods.base import CHILD
-from peftlib.methods.trained import Trained
+from peftlib.methods.trained import TRAINED
 from peftlib.storage import as_bytes, whole
 from peftlib.targets import Tree
 
@@ -76,10 +75,9 @@ def _base_values(tree: Tree) -> dict[str, Tensor]:
     """Each base parameter's own value, also while a tuning has put another in its place."""
     kept: dict[int, Tensor | None] = {}
     for module in tree.modules.values():
-        inside = module._modules.get(CHILD)
-        for delta in inside.children() if inside is not None else ():
-            if isinstance(delta, Trained) and delta.on:
-                kept |= {id(p): delta.other._parameters.get(name) for name, p in delta.trained()}
+        for name, delta in module.__dict__.get(TRAINED, {}).items():
+            if name in module._parameters:  # and not a running statistic
+                kept[id(module._parameters[name])] = delta.other._parameters.get(name)
     found = {}
     for name, module, own, parameter in tree.parameters():
         value = kept.get(id(parameter), parameter)

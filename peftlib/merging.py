@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftlib.errors import PeftlibError, StateError
 from peftlib.methods.base import Delta
 from peftlib.methods.trained import TRAINED
-from peftlib.site import base_alone, is_open
+from peftlib.site import base_alone, check_no_route, is_open
 from peftlib.storage import is_sharded
 from peftlib.targets import Tree
 
@@ -96,10 +96,11 @@ class Change:
 
 @dataclass
 class Kept:
-    """A merged weight's original, and every place that has the weight."""
+    """A merged weight's original, every place that has the weight, and the state that the merge left it in."""
 
     places: list[Place]
     original: Tensor
+    state: tuple[int, int] = (0, 0)
 
 
 def merge(
@@ -124,12 +125,31 @@ def merge(
                 original = parameter.data
                 kept.append(Kept(change.places, original if where is None else original.to(where)))
                 parameter.data = value
+                kept[-1].state = _state(parameter)
                 for owner, own in change.places:
                     owner.__dict__.setdefault(MERGED, {})[own] = name
         except BaseException:
             put_back(kept)
             raise
     return kept
+
+
+def check_unchanged(kept: Sequence[Kept], tuning: str) -> None:
+    """Raise if a merged weight got other values since (a state dict was loaded): undoing would lose them."""
+    for one in kept:
+        owner, name = one.places[0]
+        who, version = _state(owner._parameters[name])
+        # A copy of the model has parameters of its own, which start anew.
+        if who == one.state[0] and version != one.state[1]:
+            raise StateError(
+                f"The weight {name!r} of a {type(owner).__name__} was changed while {tuning!r} was merged into it (a "
+                "state dict was loaded, or it was trained), and unmerge() would put the old values over the new. Call "
+                "unmerge(overwrite=True) to do that; to keep the new ones, take state_dict() first."
+            )
+
+
+def _state(parameter: Tensor | None) -> tuple[int, int]:
+    return id(parameter), 0 if parameter is None or parameter.is_inference() else parameter._version
 
 
 def put_back(kept: Sequence[Kept]) -> None:
@@ -253,6 +273,7 @@ def plainly(tree: Tree) -> Iterator[None]:
 
 def _running(host: nn.Module) -> Iterator[Delta]:
     """Enabled deltas in the order in which they act: what a weight reads as comes before what is done with it."""
+    check_no_route(host)
     if is_open(host):
         for chain in host.__dict__["_peft_weights"].values():
             yield from chain

@@ -13,15 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from peftlib.batch_axes import learn_axes
-from peftlib.errors import PeftlibError, StateError
+from peftlib.batch_axes import Learned, kind_of_call, learn_axes, rows_differ
+from peftlib.errors import PeftlibError, ProbeError, StateError
 from peftlib.methods.base import Delta
-from peftlib.methods.rowwise import AXES, Rows
-from peftlib.probe import Call
-from peftlib.site import set_chain
-from peftlib.tuning import ROUTE, Tuning, enabled, registry, use
+from peftlib.methods.rowwise import Axes, Rows
+from peftlib.probe import Call, as_call
+from peftlib.site import ROUTE, set_chain
+from peftlib.tuning import AXES, Tuning, enabled, registry, use
 
 
 class route:
@@ -35,9 +36,9 @@ class route:
         model: a model with tunings.
         names: a tuning's name or ``None`` for each row.
         batch_dim: the axis of the model's inputs along which the rows lie.
-        example: inputs of one forward, as in :func:`peftlib.attach`, of any batch size. Used once for a model, under
-            fake tensors, to learn along which axis the rows lie at every site; ``None`` takes the first call within the
-            context. A compiled model needs it, or one call before it is compiled.
+        example: inputs of one forward, as in :func:`peftlib.attach`, of any batch size, to learn where the rows lie at
+            every site; ``None`` takes the first call of each kind within the context. A compiled model needs it, or one
+            call before it is compiled; so does one whose parts are called by themselves.
 
     Raises:
         StateError: an unknown name, a merged tuning, or a route inside a route.
@@ -78,6 +79,9 @@ class route:
                 )
         self._names = tuple(names)
         self._hosts: dict[str, nn.Module] = {}
+        self._deltas: dict[str, list[Delta]] = {}
+        self._axes: dict[str, Axes] = {}
+        self._sure = False
         self._hook: Any = None
 
     def __enter__(self) -> route:
@@ -93,54 +97,106 @@ class route:
         chains = self._chains({n: have[n] for n in dict.fromkeys(self._names) if n is not None})
         # What is not named acts on no row, and what is acts on its own rows alone.
         self._before = use(model)
+        # Tunings of a part of the model, which is a root of its own, are part of the base here.
+        self._others = {name: host.__dict__["_peft_active"] for name, host in self._hosts.items()}
         model.__dict__[ROUTE] = True
         try:
-            if self._example is None:
-                self._watch()
-            else:
-                self._learn(self._example)
-            self._set(chains)
+            self._placed = {name: self._beside(name, chain) for name, chain in chains.items()}
+            for host in self._hosts.values():
+                host.__dict__[ROUTE] = True
+            if self._example is not None:
+                self._learn(as_call(self._example), sure=True)
+            for (batch_dim, _), learned in self._known().items():
+                if batch_dim == self._batch_dim:
+                    self._take(learned)
+            self._watch()
+            self._set(self._placed)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._set(dict.fromkeys(self._hosts, ()))
+        self._set(self._others)
+        for host in self._hosts.values():
+            host.__dict__.pop(ROUTE, None)
         if self._hook is not None:
             self._hook.remove()
-        del self._model.__dict__[ROUTE]
+        self._model.__dict__.pop(ROUTE, None)
         self._before.__exit__()
 
     def _set(self, chains: Mapping[str, tuple[Any, ...]]) -> None:
         for name, chain in chains.items():
             set_chain(self._hosts[name], chain)
 
-    def _at_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        # Off, for the fake forward runs the copy's hooks; and not needed again.
-        self._hook.remove()
-        try:
-            self._learn(Call(args, kwargs))
-        except BaseException:
-            self._watch()
-            raise
-
     def _watch(self) -> None:
         self._hook = self._model.register_forward_pre_hook(self._at_call, with_kwargs=True, prepend=True)
 
-    def _learn(self, example: Any) -> None:
-        """Learn where the hosts have their rows, unless that is known."""
-        new = {n: h for n, h in self._hosts.items() if self._batch_dim not in h.__dict__.get(AXES, {})}
-        if not new:
+    def _at_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
             return
-        chains = {n: h.__dict__["_peft_active"] for n, h in self._hosts.items()}
-        self._set(dict.fromkeys(chains, ()))
+        call = Call(args, kwargs)
+        self._check_size(call)
+        if self._example is not None and (self._sure or not rows_differ(call, self._batch_dim)):
+            return
+        kind = (self._batch_dim, kind_of_call(call))
+        learned = self._known().get(kind)
+        if learned is not None and learned.axes.keys() >= self._hosts.keys():
+            if learned.verified or not rows_differ(call, self._batch_dim):
+                self._take(learned)
+                return
+        # Off, for the copies that run would have it as well.
+        self._hook.remove()
         try:
-            learn_axes(self._model, new, example, self._batch_dim)
+            self._learn(call, sure=self._example is not None)
+        except ProbeError:
+            # A call that cannot be tried with another row (a filled cache): what others showed, if it has the axes.
+            if not self._axes:
+                raise
         finally:
-            self._set(chains)
+            self._watch()
+
+    def _check_size(self, call: Call) -> None:
+        sizes = {
+            leaf.shape[self._batch_dim]
+            for leaf in pytree.tree_leaves(tuple(call))
+            if isinstance(leaf, Tensor) and -leaf.dim() <= self._batch_dim < leaf.dim()
+        }
+        if sizes and len(self._names) not in sizes:
+            raise PeftlibError(
+                f"route has {len(self._names)} names, and the inputs have {', '.join(map(str, sorted(sizes)))} rows on "
+                f"axis {self._batch_dim}. Give one name for each row of the batch."
+            )
+
+    def _known(self) -> dict[Any, Learned]:
+        """What was learned of the model's calls, by batch axis and kind of call."""
+        return self._model.__dict__.setdefault(AXES, {})
+
+    def _take(self, learned: Learned) -> None:
+        self._axes.update({name: axes for name, axes in learned.axes.items() if axes is not None})
+
+    def _learn(self, call: Call, sure: bool = False) -> None:
+        """Learn where the hosts have their rows in this kind of call."""
+        self._set(self._others)
+        try:
+            learned = learn_axes(self._model, self._hosts, call, self._batch_dim, sure=sure)
+        finally:
+            self._set(self._placed)
+        self._known()[self._batch_dim, kind_of_call(call)] = learned
+        self._sure = learned.verified
+        self._take(learned)
+
+    def _beside(self, name: str, chain: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The chain together with what a root further in has at the host, in the order in which they came."""
+        own = [delta.order for delta in self._deltas[name]]
+        before = tuple(d for d in self._others[name] if d.order < min(own))
+        after = tuple(d for d in self._others[name] if d.order > max(own))
+        if len(before) + len(after) != len(self._others[name]):
+            raise StateError(
+                f"{name or 'the root'!r} carries a tuning that was attached to a part of the model, between the named "
+                "ones, so that they cannot run together. Disable that one."
+            )
+        return (*before, *chain, *after)
 
     def _chains(self, tunings: Mapping[str, Tuning]) -> dict[str, tuple[Any, ...]]:
         """What each host shall run: its deltas in each tuning's order, like ones together."""
@@ -155,6 +211,7 @@ class route:
                     ) from error
                 if not part.delta.passive:
                     self._hosts[part.name] = part.host
+                    self._deltas.setdefault(part.name, []).append(part.delta)
                     at.setdefault(part.name, {}).setdefault(name, []).append(part.delta)
         shared: dict[int, Any] = {}
         return {
@@ -184,12 +241,6 @@ class route:
                 yield next(iter(group.values()))
                 continue
             index = {k: i for i, k in enumerate(group)}
-            rows = Rows(
-                self._hosts[name],
-                name,
-                list(group.values()),
-                [None if n is None else index.get(n) for n in self._names],
-                self._batch_dim,
-                shared,
-            )
+            which = [None if n is None else index.get(n) for n in self._names]
+            rows = Rows(name, list(group.values()), which, self._axes, shared)
             yield rows.deltas[0].for_rows(rows)

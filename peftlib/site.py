@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftlib.errors import PeftlibError
+from peftlib.errors import PeftlibError, StateError
 from peftlib.methods.base import CHILD, Delta, plain_class
 from peftlib.open_attention import close_projections, mha_forward, open_projections
 
+ROUTE = "_peft_route"
+"""Attribute of a model within ``route`` and of the hosts that take part: nothing else may change what runs there."""
 TUNINGS = "_peft_tunings"
 """Attribute of a root: its tunings by name."""
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -157,6 +159,14 @@ def set_chain(host: nn.Module, chain: tuple[Any, ...]) -> None:
     host.__dict__["_peft_active"] = chain
 
 
+def check_no_route(model: nn.Module) -> None:
+    """Raise where the model is within a ``route`` context."""
+    if ROUTE in model.__dict__:
+        raise StateError(
+            "The model is within peftlib.route(...), which decides what runs. Leave that context first."
+        )
+
+
 def can_open_attention(module: nn.Module) -> bool:
     """Whether the module's forward is nn.MultiheadAttention's own, which an open one replaces."""
     return (
@@ -172,7 +182,7 @@ def _with(chain: tuple[Delta, ...], delta: Delta) -> tuple[Delta, ...]:
 
 
 def _forget(host: nn.Module) -> None:
-    for name in ("_peft_open", "_peft_active", "_peft_weights", "_peft_ran", "_peft_batch"):
+    for name in ("_peft_open", "_peft_active", "_peft_weights", "_peft_ran"):
         host.__dict__.pop(name, None)
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from peftlib.errors import CheckpointError, PeftlibError, StateError
-from peftlib.merging import MERGED, Kept, merge, put_back
+from peftlib.merging import MERGED, Kept, check_unchanged, merge, put_back
 from peftlib.methods.base import Delta, Method
 from peftlib.methods.trained import hold_statistics, release_statistics
-from peftlib.site import TUNINGS, check_closable, close_host, deltas, set_active
+from peftlib.site import TUNINGS, check_closable, check_no_route, close_host, deltas, set_active
 
 if TYPE_CHECKING:
     from peftlib.arithmetic import Combination
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 FLAGS = "_peft_flags"
 ENABLED = "_peft_enabled"
 """Attribute of a model: the names of its enabled tunings, so that no switch has to look at all there are."""
-ROUTE = "_peft_route"
-"""Attribute of a model within ``route``, whose chains nothing else may change."""
+AXES = "_peft_axes"
+"""Attribute of a model: where its sites have the rows of a batch, as ``route`` learned it."""
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Part:
         key: its key in the host's deltas.
         opened: further modules that were opened so that this site runs.
         built: False for a part that the method added itself (shared modules at the root).
+        entry: which line of the plan it belongs to; a method may stand in several.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Part:
     key: str
     opened: Sequence[nn.Module] = ()
     built: bool = True
+    entry: int = 0
 
     @property
     def prefix(self) -> str:
@@ -240,6 +242,7 @@ class Tuning:
     def _check_switch(self, on: bool) -> None:
         """Raise if a part cannot be switched, before any is."""
         for part in self.parts:
+            check_no_route(part.host)
             part.delta.check_switch(on)
             merged = part.host.__dict__.get(MERGED)
             if merged and part.delta.passive:
@@ -306,10 +309,19 @@ class Tuning:
         self._act(False)
         return self
 
-    def unmerge(self) -> Tuning:
-        """Put the original weights back, bit for bit, and let the tuning act as before :meth:`merge`."""
+    def unmerge(self, *, overwrite: bool = False) -> Tuning:
+        """Put the original weights back, bit for bit, and let the tuning act as before :meth:`merge`.
+
+        Args:
+            overwrite: also over values that were loaded into the merged weights meanwhile.
+
+        Raises:
+            StateError: a merged weight was changed meanwhile, and ``overwrite`` is not given.
+        """
         self._check()
         if self.merged:
+            if not overwrite:
+                check_unchanged(self._kept, self.name)
             put_back(self._kept)
             self._kept = []
             self._act(True)
@@ -352,6 +364,7 @@ class Tuning:
         del registry[self.name]
         if not registry:
             del self.model.__dict__[TUNINGS]
+            self.model.__dict__.pop(AXES, None)
             restore_flags(self.model)
 
     def _remove(self, part: Part) -> None:
@@ -381,14 +394,6 @@ def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: st
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise CheckpointError(f"The state does not fit {what}. {shown}. Attach the method it was saved from.")
-
-
-def check_no_route(model: nn.Module) -> None:
-    """Raise where the model is within a ``route`` context."""
-    if ROUTE in model.__dict__:
-        raise StateError(
-            "The model is within peftlib.route(...), which decides what runs. Leave that context first."
-        )
 
 
 def registry(model: nn.Module) -> dict[str, Tuning]:

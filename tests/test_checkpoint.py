@@ -459,3 +459,47 @@ def test_sizes_that_a_file_only_claims_are_never_allocated(plan: str, tmp_path: 
             assert_untouched(fresh, before, kinds)
             refusals += 1
     assert refusals or plan in ("full", "bitfit")
+
+
+def test_deltas_of_one_host_keep_their_order_though_one_method_stands_twice(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"l1": nn.Linear(4, 4), "l2": nn.Linear(4, 4)})
+
+    model, twice = make(), LoRA(rank=2)
+    methods = {"l1": twice, "l*": peftlib.Adapter(dim=2), "l2": twice}
+    tuning = peftlib.attach(model, methods, name="t")
+    randomize(tuning)
+    tuning.save(tmp_path / "t")
+    loaded = make()
+    peftlib.load(loaded, tmp_path / "t")
+    x = torch.randn(3, 4)
+    for name in ("l1", "l2"):
+        kinds = [type(d) for d in model[name]._peft_active]
+        assert [type(d) for d in loaded[name]._peft_active] == kinds
+        assert torch.equal(loaded[name](x), model[name](x))
+    assert [type(d).__name__ for d in loaded["l2"]._peft_active] == ["Bottleneck", "LinearLoRA"]
+
+
+def test_what_is_no_model_no_path_or_no_file_is_said_to_be_so(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    tuning = peftlib.attach(model, LoRA(rank=2), targets=["0"], name="t")
+    tuning.save(tmp_path / "t")
+    with pytest.raises(PeftlibError, match=r"load needs an nn\.Module; got Tuning"):
+        peftlib.load(tuning, tmp_path / "t")  # type: ignore[arg-type]
+    for act in (lambda: tuning.save(None), lambda: peftlib.load(model, None)):  # type: ignore[arg-type]
+        with pytest.raises(PeftlibError, match="named by a str or a path; got NoneType"):
+            act()
+    with pytest.raises(CheckpointError, match=r"is a directory.*peftlib\.hf\.load"):
+        peftlib.load(model, tmp_path)
+
+
+@pytest.mark.parametrize("axis", [1.5, None, "x", [], True])
+def test_sizes_of_an_adapter_that_are_no_integers_are_refused(tmp_path: Path, axis: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    peftlib.attach(model, peftlib.Adapter(dim=2), targets=["0"], name="t").save(tmp_path / "t")
+    about, tensors = read(tmp_path / "t")
+    about["plan"][0]["sites"]["0"]["axis"] = axis
+    write(tmp_path / "forged", tensors, about)
+    with pytest.raises(CheckpointError, match="its sizes are no integers"):
+        peftlib.load(nn.Sequential(nn.Linear(4, 4)), tmp_path / "forged")

@@ -612,3 +612,27 @@ def test_an_export_looks_at_no_tuning_that_is_not_enabled(monkeypatch: pytest.Mo
     assert not saved
     model.state_dict()
     assert len(saved) == 10
+
+
+@pytest.mark.parametrize("change", ["load", "train"])
+def test_weights_that_came_while_merged_are_not_lost(change: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4))
+    tuning = peftlib.attach(model, LoRA(rank=2), targets=["0"])
+    randomize(tuning)
+    before = model[0].weight.clone()
+    tuning.merge()
+    model.double().float()  # moved and cast is not changed
+    new = torch.randn(4, 4)
+    if change == "load":
+        model.load_state_dict({"0.weight": new}, strict=False)
+    else:
+        with torch.no_grad():
+            model[0].weight.copy_(new)
+    for undo in (tuning.unmerge, tuning.detach):
+        with pytest.raises(StateError, match=r"was changed while .*overwrite=True"):
+            undo()
+        assert torch.equal(model[0].weight, new)
+        assert tuning.merged
+    tuning.unmerge(overwrite=True)
+    torch.testing.assert_close(model[0].weight, before)

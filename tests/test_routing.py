@@ -424,12 +424,13 @@ def test_names_and_flags_return_to_what_they_were(many):
     assert torch.equal(model(tokens()), expected)
     assert_untouched(model, before, kinds)
     assert not model._forward_pre_hooks
+    assert not any("_peft_route" in m.__dict__ for m in model.modules())
     with pytest.raises(ZeroDivisionError), peftlib.route(model, ["wider"]):
         raise ZeroDivisionError
     assert torch.equal(model(tokens()), expected)
     for tuning in list(peftlib.tunings(model).values()):
         tuning.detach()
-    assert not any("_peft_batch" in m.__dict__ for m in model.modules())
+    assert not any(k.startswith("_peft") for m in model.modules() for k in m.__dict__)
 
 
 def test_a_failed_call_leaves_the_context_usable(many):
@@ -458,10 +459,10 @@ def test_a_batch_of_another_size(many):
     model = copy.deepcopy(many)
     with (
         peftlib.route(model, ["lora", "wider"]),
-        pytest.raises(PeftlibError, match=r"route has 2 names, and .* has 4 rows on axis 0"),
+        pytest.raises(PeftlibError, match="route has 2 names, and the inputs have 4 rows on axis 0"),
     ):
         model(tokens())
-    with peftlib.route(model, ["prefix", "longer"]), pytest.raises(PeftlibError, match="each of 2 rows"):
+    with peftlib.route(model, ["prefix", "longer"]), pytest.raises(PeftlibError, match="route has 2 names"):
         model(tokens())
 
 
@@ -568,8 +569,7 @@ def test_what_all_rows_pass_through_together_is_refused():
 
 def test_a_part_called_by_itself_needs_the_axes(many):
     model = copy.deepcopy(many)
-    for module in model.modules():
-        module.__dict__.pop("_peft_batch", None)
+    model.__dict__.pop("_peft_axes", None)
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     with peftlib.route(model, ["lora", None]), pytest.raises(PeftlibError, match="called by itself"):
         model.blocks[0](x)
@@ -706,3 +706,281 @@ def test_prefixes_as_hf_has_them_move_the_positions_of_their_rows():
     for i, name in enumerate(names):
         with peftlib.use(model, *([name] if name else [])):
             torch.testing.assert_close(together[i : i + 1], model(input_ids=ids[i : i + 1]).logits)
+
+
+# -- rows that are not where sizes say they are ------------------------------------------------------------------------
+
+
+class Sorting(nn.Module):
+    """Sorts its rows by length inside, as packed sequences want them, and puts them back."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x, lengths):
+        lengths, index = lengths.sort(descending=True)
+        return self.out(self.lin(x[index])[index.argsort()])
+
+
+def test_rows_in_another_order_inside_are_refused():
+    model = Sorting()
+    put(model, {"a": (LoRA(rank=2), ["lin"]), "b": (LoRA(rank=2), ["out"])})
+    call = torch.randn(3, 5, 4), torch.tensor([2, 5, 3])
+    with pytest.raises(TargetError, match="'lin' does not see the rows of the batch in their order"):
+        peftlib.route(model, ["a", None, "b"], example=call).__enter__()
+    with peftlib.use(model, "b"):
+        expected = model(*call)
+    with peftlib.route(model, ["b", None, "b"], example=call):
+        torch.testing.assert_close(model(*call)[::2], expected[::2])
+
+
+def test_rows_alike_are_routed_and_their_order_looked_at_once_they_differ():
+    model = Sorting()
+    put(model, {"a": (LoRA(rank=2), ["lin"])})
+    alike = torch.randn(1, 5, 4).expand(3, -1, -1), torch.tensor([4, 4, 4])
+    with peftlib.route(model, ["a", None, "a"], example=alike):
+        model(*alike)
+        with pytest.raises(TargetError, match="'lin' does not see the rows"):
+            model(torch.randn(3, 5, 4), torch.tensor([2, 5, 3]))
+
+
+class Cached(nn.Module):
+    """Keeps what it saw in the caller's object, in its own buffer and in itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.log = []
+
+    def forward(self, x, cache):
+        self.calls.add_(1)
+        self.log.append(len(x))
+        h = self.lin(x.reshape(-1, 4)).view_as(x)
+        cache.h = h if cache.h is None else torch.cat([cache.h, h], 1)
+        return cache.h
+
+
+class Cache:
+    h = None
+
+
+def test_learning_leaves_caches_buffers_and_the_models_own_state_alone():
+    model, cache = Cached(), Cache()
+    put(model, {"a": (LoRA(rank=2), None)})
+    with peftlib.route(model, ["a", None]):
+        model(torch.randn(2, 4, 4), cache)
+        assert cache.h.shape == (2, 4, 4)
+        model(torch.randn(2, 1, 4), cache)  # with a filled cache: as the first call showed
+        assert cache.h.shape == (2, 5, 4)
+    assert model.calls == 2
+    assert model.log == [2, 2]
+    assert model.training
+
+
+def test_a_tuning_of_a_part_stays_and_acts_on_all_rows():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2)).double()
+    inner = peftlib.attach(model[0], LoRA(rank=2), targets=["0"], name="inner")
+    nudge(inner)
+    put(model, {"a": (LoRA(rank=2), ["0.0", "1"]), "b": (Adapter(dim=2), ["0.0"])})
+    x = torch.randn(3, 4, dtype=torch.float64)
+    before = model(x)
+    expected = alone(model, ["a", "b", None], x)
+    with peftlib.route(model, ["a", "b", None]):
+        torch.testing.assert_close(model(x), expected)
+        with pytest.raises(StateError, match=r"within peftlib.route"):
+            inner.disable()
+    assert inner.enabled
+    assert torch.equal(model(x), before)
+    between = peftlib.attach(model, LoRA(rank=1), targets=["0.0"], name="c")
+    between.disable()
+    late = peftlib.attach(model[0], LoRA(rank=1), targets=["0"], name="late")
+    after = peftlib.attach(model, LoRA(rank=1), targets=["0.0"], name="d")
+    after.disable()
+    with pytest.raises(StateError, match="attached to a part of the model, between"):
+        peftlib.route(model, ["c", "d", None]).__enter__()
+    late.detach()
+    assert_routed(model, ["c", "d", None], x)
+
+
+def test_a_layout_that_a_switch_changes_is_learned_for_each():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x, time_first=False):
+            return self.lin(x.transpose(0, 1)).transpose(0, 1) if time_first else self.lin(x)
+
+    torch.manual_seed(0)
+    model = Either().double()
+    put(model, {"a": (LoRA(rank=2), None)})
+    x = torch.randn(3, 3, 4, dtype=torch.float64)
+    expected = alone(model, ["a", None, "a"], x)
+    with peftlib.route(model, ["a", None, "a"]):
+        for time_first in (False, True, False):
+            torch.testing.assert_close(model(x, time_first=time_first), expected)
+
+
+def test_what_was_learned_of_a_model_is_not_taken_for_its_parts():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, x):
+            return self.enc(x.transpose(0, 1)).transpose(0, 1)
+
+    torch.manual_seed(0)
+    model = Outer().double()
+    put(model, {"a": (LoRA(rank=2), None)})
+    x = torch.randn(3, 3, 4, dtype=torch.float64)
+    assert_routed(model, ["a", None, "a"], x)
+    put(model.enc, {"b": (LoRA(rank=2), None)})
+    assert_routed(model.enc, ["b", None, "b"], x)
+
+
+def test_a_tensor_that_may_be_shared_or_have_rows_is_asked_about():
+    class Memory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.mem = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, memory, unused=None):
+            return self.lin(x) + self.mem(memory).mean(0)
+
+    torch.manual_seed(0)
+    model = Memory().double()
+    put(model, {"a": (LoRA(rank=2), ["mem"]), "b": (LoRA(rank=2), ["lin"])})
+    x, memory = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    with (
+        peftlib.route(model, ["a", None, "a"]),
+        pytest.raises(ProbeError, match=r"shared by all of them.*'mem'"),
+    ):
+        model(x, memory)
+    with pytest.raises(TargetError, match=r"'mem' works on .* all rows share it"):
+        peftlib.route(model, ["a", None, "a"], example=(x[:2], memory)).__enter__()
+    expected = torch.cat([model(x[i : i + 1], memory) for i in range(3)])
+    with peftlib.use(model, "b"):
+        expected[1] = model(x[1:2], memory)[0]
+    with peftlib.route(model, [None, "b", None]):
+        torch.testing.assert_close(model(x, memory, unused=torch.randn(3)), expected)
+
+
+def test_an_example_teaches_anew():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.lin = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, extra=None):
+            y = self.up(x.flatten(0, 1)).view_as(x)
+            return y if extra is None else y + self.lin(extra)
+
+    torch.manual_seed(0)
+    model = Optional().double()
+    put(model, {"a": (LoRA(rank=2), None)})
+    x = torch.randn(3, 1, 4, dtype=torch.float64)
+    with peftlib.route(model, ["a", None, "a"]):
+        model(x)  # one position: folded rows look like plain ones, and lin does not run
+        with pytest.raises(PeftlibError, match=r"has 15 rows on axis 0 .* pass route\(..., example=\)"):
+            model(torch.randn(3, 5, 4, dtype=torch.float64))
+    longer = torch.randn(3, 5, 4, dtype=torch.float64)
+    with peftlib.use(model, "a"):
+        expected = model(longer, longer)
+    with peftlib.route(model, ["a", None, "a"], example=(longer, longer)):
+        torch.testing.assert_close(model(longer, longer)[::2], expected[::2])
+
+
+def test_kept_factors_follow_every_change_of_their_values():
+    torch.manual_seed(0)
+    model = decoder()
+    ids = tokens()
+    tunings = put(model, {k: METHODS[k] for k in ("lora", "adapter", "longer", "second-mlp")}, example=ids)
+    names = [*tunings]
+    with torch.no_grad(), peftlib.route(model, names):
+        seen = [model(ids)]
+        for change in (
+            lambda p: p.mul_(2),
+            lambda p: setattr(p, "data", torch.randn_like(p)),  # as an average of weights is swapped in
+        ):
+            for tuning in tunings.values():
+                for parameter in tuning.parameters():
+                    change(parameter)
+            seen.append(model(ids))
+            for row in range(len(names)):
+                assert not torch.allclose(seen[-1][row], seen[-2][row])
+    torch.testing.assert_close(seen[-1], alone(model, names, ids).detach())
+
+
+def test_reentrant_checkpoints_work_as_without_a_route():
+    class Reentrant(Decoder):
+        def forward(self, x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=True)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model = Reentrant().double()
+    put(model, {"a": (LoRA(rank=2), ["up"])})
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    expected = alone(model, ["a", None], x)
+    wanted = gradients(model, expected)
+    with peftlib.route(model, ["a", None]):
+        out = model(x)
+        torch.testing.assert_close(out, expected)
+        got = gradients(model, out)
+    assert got.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(got[key], value)
+
+
+def test_the_number_of_names_is_checked_whatever_they_are(many):
+    for names in (["lora"] * 2, [None] * 2, ["lora", None]):
+        with (
+            peftlib.route(many, names),
+            pytest.raises(PeftlibError, match="route has 2 names, and the inputs have 4"),
+        ):
+            many(tokens())
+
+
+def test_an_export_within_a_route_is_refused(many):
+    with peftlib.route(many, ["lora"]), pytest.raises(StateError, match=r"within peftlib.route"):
+        peftlib.merged_state_dict(many)
+
+
+def test_windows_cannot_have_a_prefix_each():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = Attention(8, 2)
+
+        def forward(self, x):
+            return self.attn(x.unflatten(1, (-1, 2)).flatten(0, 1)).view_as(x)
+
+    model = Windows()
+    x = torch.randn(3, 4, 8)
+    put(model, {"a": (PTuningV2(length=2), None)}, example=x)
+    with peftlib.route(model, ["a", None, "a"]), pytest.raises(PeftlibError, match="not on the first axis"):
+        model(x)
+
+
+def test_encoder_decoders_generate_with_an_example():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config).double().eval()
+    ids = torch.randint(2, 40, (3, 5))
+    put(model, {"a": (LoRA(rank=2), ["q", "v"]), "b": (Adapter(dim=2), None)})
+    names, options = ["a", None, "b"], {"max_new_tokens": 4, "do_sample": False}
+    example = {"input_ids": ids, "decoder_input_ids": ids[:, :2]}
+    with peftlib.route(model, names, example=example):
+        together = model.generate(ids, **options)
+    for i, name in enumerate(names):
+        with peftlib.use(model, *([name] if name else [])):
+            one = model.generate(ids[i : i + 1], **options)
+        assert torch.equal(together[i, : one.shape[1]], one[0])

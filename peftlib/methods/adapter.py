@@ -234,6 +234,12 @@ class Adapter(Method):
                 return "a parallel adapter keeps the spatial size, which this convolution changes"
         return None
 
+    def fits(self, site: Site) -> str | None:
+        sizes = [site.facts.get(k) for k in ("in", "out", "axis")] if site.facts else []
+        if any(type(n) is not int for n in sizes) or any(n < 1 for n in sizes[:2]):  # type: ignore[operator]
+            return f"its sizes are no integers: {dict(site.facts)}"
+        return None
+
     def default_sites(self, tree: Tree, probe: Probe | None) -> list[Site]:
         if self.where == "blocks":
             return [tree.site(n) for n in repeated_blocks(tree)] or list(linear_sites(tree, probe))

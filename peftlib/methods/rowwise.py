@@ -12,20 +12,20 @@ Shape legend: B rows, U different deltas, N sizes of one delta's tensor.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
 from peftlib.errors import PeftlibError
 from peftlib.methods.base import Delta, first_argument, map_first
+from peftlib.methods.rows import FrozenCache
 
-AXES = "_peft_batch"
-"""Attribute of an open host: along which axes of its tensors the rows of a batch lie, by the root's batch axis."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,24 +79,14 @@ class Axes:
         return any(axis.folded for side in (self.input, self.output) for axis in side.values())
 
 
-@dataclass
-class _Kept:
-    """What was made, and of which versions of which tensors."""
-
-    sources: Sequence[Tensor]
-    versions: Sequence[int]
-    made: Any
-
-
 class Rows:
     """Which of several like deltas each row of a batch takes; it runs in their stead.
 
     Args:
-        host: the open module that they are at.
-        name: its name, for errors.
+        name: of the host that they are at.
         deltas: each once.
         which: for each row its delta's index, or ``None``.
-        batch_dim: the root's batch axis.
+        axes: where every host has the rows, by name; filled by the time they run.
         shared: what the groups of one batch have in common, by the deltas they stand for.
     """
 
@@ -104,18 +94,17 @@ class Rows:
 
     def __init__(
         self,
-        host: nn.Module,
         name: str,
         deltas: Sequence[Delta],
         which: Sequence[int | None],
-        batch_dim: int,
+        axes: Mapping[str, Axes],
         shared: dict[int, Any],
     ):
-        self._host = (host,)
-        self.name, self.deltas, self.batch_dim, self.shared = name, tuple(deltas), batch_dim, shared
+        self.name, self.deltas, self.shared = name, tuple(deltas), shared
         self.which = tuple(len(self.deltas) if i is None else i for i in which)
         self.partial = any(i is None for i in which)
-        self._kept: dict[str, _Kept] = {}
+        self._axes = axes
+        self._kept: dict[str, FrozenCache] = {}
         self._constants: dict[Any, Tensor] = {}
         self._numbers: dict[str, list[Any]] = {}
 
@@ -127,12 +116,12 @@ class Rows:
 
     def known(self) -> Axes:
         """Where this host has its rows; raises if that has not been learned."""
-        found: Axes | None = self._host[0].__dict__.get(AXES, {}).get(self.batch_dim)
+        found = self._axes.get(self.name)
         if found is None:
             raise PeftlibError(
                 f"{self.name or 'the root'!r} ran before the batch's way through the model was known: a part of the "
-                "model was called by itself, or it was compiled first. Call the model once as it is, or pass "
-                "route(..., example=)."
+                "model was called by itself, or it was compiled first. Pass route(..., example=) of a call that runs "
+                "it."
             )
         return found
 
@@ -153,29 +142,22 @@ class Rows:
         if size % len(self) if axis.folded else size != len(self):
             raise PeftlibError(
                 f"route has {len(self)} names, and {self.name or 'the root'!r} has {size} rows on axis {axis.at} of "
-                f"its {side} {tuple(tensor.shape)}. Give one name for each row of the batch."
+                f"its {side} {tuple(tensor.shape)}. Give one name for each row of the batch; if they are as many, pass "
+                "route(..., example=) of such a call."
             )
         return axis
 
     def stacked(self, what: str, read: Callable[[Any], Tensor]) -> Tensor:
         """(B, N): each row's own tensor, zeros where it has none; smaller ones have zeros behind."""
-        return self.kept(
-            what, lambda: self.by_row(self.together(read)), lambda delta: list(delta.parameters())
-        )
+        return self.kept(what, lambda: self.by_row(self.together(read)), Delta.parameters)
 
-    def kept(self, what: str, make: Callable[[], Any], sources: Callable[[Any], Sequence[Tensor]]) -> Any:
+    def kept(self, what: str, make: Callable[[], T], sources: Callable[[Any], Iterable[Tensor]]) -> T:
         """What ``make`` gives; without gradients it is kept for the next call, until a source changes."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._kept.clear()
             return make()
-        kept = self._kept.get(what)
-        if kept is not None and kept.versions == [t._version for t in kept.sources]:
-            return kept.made
-        made = make()
-        found = [t for delta in self.deltas for t in sources(delta)]
-        if not any(t.is_inference() for t in found):  # these have no versions
-            self._kept[what] = _Kept(found, [t._version for t in found], made)
-        return made
+        cache = self._kept.setdefault(what, FrozenCache())
+        return cache([t for delta in self.deltas for t in sources(delta)], make)
 
     def together(self, read: Callable[[Any], Tensor]) -> Tensor:
         """(U, N): a tensor of each delta."""
