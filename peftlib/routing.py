@@ -54,7 +54,7 @@ class route:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
         >>> for name in ("a", "b"):
         ...     tuning = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["0"], name=name)
-        ...     _ = torch.nn.init.normal_(model[0]._peft[f"{name}:lora"].b)
+        ...     _ = torch.nn.init.normal_(tuning.state_dict()["0.lora.b"])
         >>> x = torch.randn(3, 4)
         >>> with peftlib.route(model, ["a", None, "b"]):
         ...     y = model(x)
