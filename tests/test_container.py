@@ -82,7 +82,7 @@ def test_every_truncation_is_refused(file):
 
 def test_what_is_wrong_is_named(file, tmp_path):
     refused(tmp_path / "absent.safetensors", "no file")
-    refused(tmp_path, "no readable tuning file")
+    refused(tmp_path, "is a directory")
     data = file.read_bytes()
 
     file.write_bytes(struct.pack("<Q", 2**60) + data[8:])
