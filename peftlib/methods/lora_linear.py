@@ -23,7 +23,7 @@ from peftlib.methods.base import (
 )
 from peftlib.methods.linear import is_transposed
 from peftlib.methods.lora_deltas import LowRank, wide, zeros_along
-from peftlib.methods.rowwise import Rows, rowwise
+from peftlib.methods.rowwise import Rows, own_parameters, rowwise
 from peftlib.open_attention import Projection
 
 if TYPE_CHECKING:
@@ -105,8 +105,11 @@ class LinearLoRA(LowRank):
             return rowwise(rows, base, args, kwargs)
         x = first_argument(args, kwargs)
         at = rows.axis(x)
-        a_BRI = rows.stacked("a", lambda d: d.a)
-        b_BRO = rows.stacked("b", lambda d: d.b.T)
+        a_BRI, b_BRO = rows.kept(
+            "factors",
+            lambda: tuple(rows.by_row(rows.together(read)) for read in (lambda d: d.a, lambda d: d.b.T)),
+            own_parameters,
+        )
         scale = rows.scalars("scaling", x)
         output = base(*args, **kwargs)
 

@@ -90,8 +90,6 @@ class Rows:
         shared: what the groups of one batch have in common, by the deltas they stand for.
     """
 
-    order = 0
-
     def __init__(
         self,
         name: str,
@@ -149,7 +147,7 @@ class Rows:
 
     def stacked(self, what: str, read: Callable[[Any], Tensor]) -> Tensor:
         """(B, N): each row's own tensor, zeros where it has none; smaller ones have zeros behind."""
-        return self.kept(what, lambda: self.by_row(self.together(read)), Delta.parameters)
+        return self.kept(what, lambda: self.by_row(self.together(read)), own_parameters)
 
     def kept(self, what: str, make: Callable[[], T], sources: Callable[[Any], Iterable[Tensor]]) -> T:
         """What ``make`` gives; without gradients it is kept for the next call, until a source changes."""
@@ -238,6 +236,12 @@ def rowwise(rows: Rows, base: Callable[..., Any], args: tuple[Any, ...], kwargs:
         return at_y.join(new_B)
 
     return map_first(output, change)
+
+
+def own_parameters(delta: Delta) -> Iterable[Tensor]:
+    """What a delta's tensors by row are made of."""
+    # parameters() walks modules at every call, and most deltas have none inside.
+    return delta.parameters() if delta._modules else delta._parameters.values()  # type: ignore[return-value]
 
 
 def _tensor(name: str, delta: Delta) -> Tensor:
