@@ -13,7 +13,8 @@ from peftlib.merging import merged_state_dict
 from peftlib.methods.full import FullFineTuning
 from peftlib.methods.lora import LoRA
 from peftlib.methods.new_head import NewHead
-from peftlib.tuning import Tuning, tunings, use
+from peftlib.registry import tunings, use
+from peftlib.tuning import Tuning
 
 if TYPE_CHECKING:
     from peftlib.arithmetic import combine

@@ -25,12 +25,14 @@ from peftlib.methods.base import Method, Site
 from peftlib.methods.factors import is_low_rank, read
 from peftlib.methods.lora import LoRA
 from peftlib.methods.trained import Trained
+from peftlib.part import Part
+from peftlib.registry import registry
 from peftlib.restore import restore
 from peftlib.storage import is_sharded
 from peftlib.summed import Terms, low_rank, values
 from peftlib.sums import HOWS, chosen
 from peftlib.targets import Tree
-from peftlib.tuning import Part, Tuning, registry
+from peftlib.tuning import Tuning
 
 
 @dataclass(frozen=True)

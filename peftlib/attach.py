@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peftlib.errors import PeftlibError, ProbeError, StateError
+from peftlib.freezing import hold_flags, restore_flags
 from peftlib.methods.base import Method, Site
 from peftlib.methods.full import FullFineTuning
 from peftlib.methods.new_head import NewHead
 from peftlib.open_attention import Projection
+from peftlib.part import Part
+from peftlib.registry import registry
 from peftlib.site import TUNINGS, can_open_attention, check_no_route, close_host, open_host, set_active
 from peftlib.targets import Tree, describe, select
-from peftlib.tuning import Part, Tuning, hold_flags, registry, restore_flags
+from peftlib.tuning import Tuning
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from peftlib.copies import structural_copy
 from peftlib.errors import ProbeError, TargetError
 from peftlib.methods.base import first_tensor
 from peftlib.methods.rowwise import Axes, Axis
-from peftlib.probe import Attention, Call, Probe, Record, as_call, structural_copy
+from peftlib.observe import Attention, Record
+from peftlib.probe import Call, Probe, as_call
 
 ROUNDING = 0.05
 """How far rolled rows may be off, as a share of how far rows differ: sums in another order, in bfloat16 too."""

@@ -21,10 +21,11 @@ from peftlib.container import reading, write
 from peftlib.errors import CheckpointError, PeftlibError
 from peftlib.fingerprint import check_base, fingerprint
 from peftlib.methods.base import METHODS, Method, Site
+from peftlib.part import Part
 from peftlib.restore import explained, restore
 from peftlib.storage import is_sharded, whole
 from peftlib.targets import Tree
-from peftlib.tuning import Part, Tuning
+from peftlib.tuning import Tuning
 
 
 def save(

@@ -13,9 +13,9 @@ from peftlib.methods.base import CHILD, Method, plain_class
 from peftlib.methods.linear import output_width
 from peftlib.methods.lora import LoRA
 from peftlib.probe import Probe
+from peftlib.registry import tunings
 from peftlib.report import Table
 from peftlib.targets import Tree
-from peftlib.tuning import tunings
 
 
 def inspect(model: nn.Module, example: Any = None) -> Table:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from peftlib.attach import Plan, build_parts, install
 from peftlib.errors import CheckpointError, ProbeError
 from peftlib.methods.base import Site, placement, without_values
+from peftlib.part import Part, check_state
 from peftlib.targets import Tree
-from peftlib.tuning import Part, Tuning, check_state
+from peftlib.tuning import Tuning
 
 
 def restore(

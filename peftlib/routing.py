@@ -21,8 +21,9 @@ from peftlib.errors import PeftlibError, ProbeError, StateError
 from peftlib.methods.base import Delta
 from peftlib.methods.rowwise import Axes, Rows
 from peftlib.probe import Call, as_call
+from peftlib.registry import AXES, enabled, registry, use
 from peftlib.site import ROUTE, set_chain
-from peftlib.tuning import AXES, Tuning, enabled, registry, use
+from peftlib.tuning import Tuning
 
 
 class route:

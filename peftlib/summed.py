@@ -16,8 +16,8 @@ from peftlib.methods.factors import Factors, Ranges, ranges_of, read, truncated_
 from peftlib.methods.lora import LoRA
 from peftlib.methods.partial import PartialFineTuning
 from peftlib.methods.trained import BaseTraining
+from peftlib.part import Part
 from peftlib.sums import DENSE, Sum
-from peftlib.tuning import Part
 
 Terms = list[tuple[float, Part]]
 """The weights of a site's updates with the parts that have them."""

@@ -8,60 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from peftlib.errors import CheckpointError, PeftlibError, StateError
+from peftlib.errors import PeftlibError, StateError
+from peftlib.freezing import restore_flags
 from peftlib.merging import MERGED, Kept, check_unchanged, merge, put_back
-from peftlib.methods.base import Delta, Method
-from peftlib.methods.trained import hold_statistics, release_statistics
+from peftlib.methods.base import Method
+from peftlib.part import Part, check_state
+from peftlib.registry import AXES, ENABLED, enabled
 from peftlib.site import TUNINGS, check_closable, check_no_route, close_host, deltas, set_active
 
 if TYPE_CHECKING:
     from peftlib.arithmetic import Combination
-
-FLAGS = "_peft_flags"
-ENABLED = "_peft_enabled"
-"""Attribute of a model: the names of its enabled tunings, so that no switch has to look at all there are."""
-AXES = "_peft_axes"
-"""Attribute of a model: where its sites have the rows of a batch, as ``route`` learned it."""
-
-
-@dataclass
-class Part:
-    """One delta at one host.
-
-    Attributes:
-        name: site name (dotted module or parameter name).
-        host: the open module.
-        parameter: own name of a raw-weight site's parameter, else ``None``.
-        delta: the module that runs there.
-        method: the configuration that built it.
-        facts: what the probe learned for it.
-        key: its key in the host's deltas.
-        opened: further modules that were opened so that this site runs.
-        built: False for a part that the method added itself (shared modules at the root).
-        entry: which line of the plan it belongs to; a method may stand in several.
-    """
-
-    name: str
-    host: nn.Module
-    parameter: str | None
-    delta: Delta
-    method: Method
-    facts: Mapping[str, Any]
-    key: str
-    opened: Sequence[nn.Module] = ()
-    built: bool = True
-    entry: int = 0
-
-    @property
-    def prefix(self) -> str:
-        return f"{self.name}.{self.delta.label}" if self.name else self.delta.label
 
 
 class Tuning:
@@ -380,145 +342,3 @@ class Tuning:
                 f"The tuning {self.name!r} was detached from its model, so its handle does nothing any more. "
                 "Attach or load it again."
             )
-
-
-def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    """Raise a CheckpointError that names every missing, unexpected and mis-shaped key."""
-    problems = [f"missing: {k}" for k in own if k not in given]
-    problems += [f"unexpected: {k}" for k in given if k not in own]
-    problems += [
-        f"shape of {k}: {tuple(given[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own
-        if k in given and own[k].shape != given[k].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise CheckpointError(f"The state does not fit {what}. {shown}. Attach the method it was saved from.")
-
-
-def registry(model: nn.Module) -> dict[str, Tuning]:
-    return model.__dict__.get(TUNINGS, {})
-
-
-def enabled(model: nn.Module) -> Collection[str]:
-    """Names of the enabled tunings, in the order in which they were enabled."""
-    return model.__dict__.get(ENABLED, {})
-
-
-def tunings(model: nn.Module) -> dict[str, Tuning]:
-    """The tunings on a model by name, in the order they were attached.
-
-    Example:
-        >>> import torch, peftlib
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-        >>> _ = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["0"], name="chat")
-        >>> list(peftlib.tunings(model))
-        ['chat']
-    """
-    return dict(registry(model))
-
-
-class use:
-    """Enable exactly the named tunings; a function, and a context manager that restores what was before.
-
-    Args:
-        model: a model with tunings.
-        *names: tunings to enable; none of them means the base alone.
-
-    Raises:
-        StateError: a name that the model has no tuning of.
-
-    Example:
-        >>> import torch, peftlib
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-        >>> a = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["0"], name="a")
-        >>> b = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["0"], name="b")
-        >>> _ = peftlib.use(model, "b")
-        >>> a.enabled, b.enabled
-        (False, True)
-        >>> with peftlib.use(model, "a", "b"):
-        ...     print(a.enabled, b.enabled)
-        True True
-        >>> a.enabled
-        False
-    """
-
-    def __init__(self, model: nn.Module, *names: str):
-        have = registry(model)
-        for name in names:
-            if name not in have:
-                raise StateError(
-                    f"The model has no tuning {name!r}; it has: {', '.join(map(repr, have)) or 'none'}."
-                )
-        self._model = model
-        self._before = list(enabled(model))
-        _enable_only(have, self._before, names)
-
-    def __enter__(self) -> use:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        have = registry(self._model)
-        now = list(enabled(self._model))
-        _enable_only(have, now, [n for n in self._before if n in have])
-
-
-def _enable_only(have: Mapping[str, Tuning], now: Sequence[str], names: Sequence[str]) -> None:
-    wanted = set(names)
-    leaving = [have[n] for n in now if n not in wanted]
-    coming = [have[n] for n in names if not have[n].enabled]
-    # Leaving first: two tunings of the same base parameter may follow one another, never overlap.
-    done: list[Callable[[], Any]] = []
-    try:
-        for tuning in leaving:
-            tuning.disable()
-            done.append(tuning.enable)
-        for tuning in coming:
-            tuning.enable()
-            done.append(tuning.disable)
-    except PeftlibError:
-        for undo in reversed(done):
-            undo()
-        raise
-
-
-def hold_flags(model: nn.Module, modules: Sequence[nn.Module], freeze: bool) -> None:
-    """Remember which base parameters train, and freeze them and the running statistics.
-
-    The memory lies at each module, with a count of the roots that hold it, so that tunings of a model and of a
-    part of it may leave in any order.
-    """
-    new = []
-    for module in modules:
-        if not module._parameters:
-            continue
-        flags = module.__dict__.get(FLAGS)
-        if flags is None:
-            flags = module.__dict__[FLAGS] = [
-                0,
-                {n: p.requires_grad for n, p in module._parameters.items() if p is not None},
-            ]
-            new.append(module)
-        flags[0] += 1
-    if freeze:
-        for module in new:
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    parameter.requires_grad_(False)
-            hold_statistics(module)
-    model.__dict__["_peft_held"] = list(modules)
-
-
-def restore_flags(model: nn.Module) -> None:
-    for module in model.__dict__.pop("_peft_held"):
-        flags = module.__dict__.get(FLAGS)
-        if flags is None:
-            continue
-        flags[0] -= 1
-        if flags[0] == 0:
-            del module.__dict__[FLAGS]
-            release_statistics(module)
-            for name, flag in flags[1].items():
-                parameter = module._parameters.get(name)
-                if parameter is not None and parameter.requires_grad != flag:
-                    parameter.requires_grad_(flag)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import peftlib
 from peftlib import Adapter, BitFit, FullFineTuning, LoRA, NewHead, PeftlibError, PTuningV2
+from peftlib.copies import structural_copy
 from peftlib.errors import ProbeError, StateError, TargetError
 from peftlib.methods.base import METHODS, Delta, Method, Site
-from peftlib.probe import structural_copy
 from tests.twin import assert_untouched, classes, randomize, snapshot
 
 

@@ -16,7 +16,8 @@ from peftlib import LoRA, PTuningV2, attach
 from peftlib.errors import ProbeError
 from peftlib.methods.base import Site
 from peftlib.methods.calls import named_tensors
-from peftlib.probe import Attention, Probe, as_call
+from peftlib.observe import Attention
+from peftlib.probe import Probe, as_call
 from tests.twin import assert_untouched, classes, snapshot
 
 

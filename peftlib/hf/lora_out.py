@@ -36,8 +36,9 @@ from peftlib.methods.lora import LoRA
 from peftlib.methods.new_head import NewHead
 from peftlib.methods.partial import PartialFineTuning
 from peftlib.open_attention import Projection
+from peftlib.part import Part
 from peftlib.targets import Tree
-from peftlib.tuning import Part, Tuning
+from peftlib.tuning import Tuning
 
 
 def write_lora(tuning: Tuning, tree: Tree) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -18,8 +18,8 @@ from peftlib.methods.base import (
 )
 from peftlib.methods.linear import CONVOLUTIONS, is_transposed, linear_shape
 from peftlib.open_attention import Projection
+from peftlib.part import Part
 from peftlib.targets import Tree
-from peftlib.tuning import Part
 
 HEADS = ("classifier", "score")
 """Endings of the task heads that HF trains and saves with any tuning of a classification task."""

@@ -17,8 +17,9 @@ from peftlib.methods.prefix import DeepPrefix
 from peftlib.methods.ptuning_v1 import PTuningV1
 from peftlib.methods.soft_prompt import SoftPrompt
 from peftlib.methods.token_rows import TokenRows
+from peftlib.part import Part
 from peftlib.targets import Tree
-from peftlib.tuning import Part, Tuning
+from peftlib.tuning import Tuning
 
 
 def write_virtual(tuning: Tuning, tree: Tree) -> tuple[dict[str, Any], dict[str, Tensor]]:

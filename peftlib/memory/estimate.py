@@ -17,12 +17,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
+from peftlib.copies import structural_copy
 from peftlib.errors import PeftlibError, ProbeError
 from peftlib.memory.fakes import Answers, Faked, GPUKernels, Value
 from peftlib.memory.live import LiveBytes
 from peftlib.memory.report import MemoryReport
 from peftlib.memory.step import checkpointed, default_loss, training_step
-from peftlib.probe import as_call, structural_copy
+from peftlib.probe import as_call
 
 CUDA_BLOCK = 512
 """Bytes in which CUDA's caching allocator gives out memory (kMinBlockSize)."""

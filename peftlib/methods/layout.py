@@ -26,7 +26,8 @@ from peftlib.methods.trial import Example, is_handed_on
 from peftlib.methods.virtual import prompts_within
 
 if TYPE_CHECKING:
-    from peftlib.probe import Probe, Record
+    from peftlib.observe import Record
+    from peftlib.probe import Probe
     from peftlib.targets import Tree
 
 

@@ -25,7 +25,8 @@ from peftlib.methods.sequence import Longer, lengthen
 from peftlib.methods.virtual import prompts_within, resting
 
 if TYPE_CHECKING:
-    from peftlib.probe import Probe, Record
+    from peftlib.observe import Record
+    from peftlib.probe import Probe
     from peftlib.targets import Tree
 
 _OTHERS = ("mask", "type", "label", "pos", "target", "segment", *DECODER)
