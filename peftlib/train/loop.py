@@ -3,7 +3,7 @@
 Who is killed at any moment and resumes ends with the bits of who never was, on the CPU: everything that a later step
 depends on is in ``State``, the tuning, the optimizer or the random state, and those go into files together.
 
-Left out on purpose: several processes, sampling by loss, regularizers (add them to the loss).
+Left out on purpose: several processes; regularizers, weights and mining, which are made of losses and samplers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def fit(
         model: any module, with a tuning attached or not.
         batches: what can be iterated once per epoch: :class:`Batches`, a list, a DataLoader. Tensors in a batch
             are moved to the trained parameters' device.
-        loss: (model, batch) -> (sum over the targets, number of targets), or a scalar that counts as one target.
+        loss: (model, batch) -> (sum over the targets, number of targets), of the batch or one per sample; or a scalar
+            that counts as one target.
         optimizer: of the parameters that are trained.
         steps: optimizer steps in all, those before a resumption included.
         epochs: passes over ``batches`` instead, whose length has to be known.
@@ -123,7 +124,7 @@ def fit(
     device = next(iter(optimizer.param_groups[0]["params"])).device
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    place = Place(folder, trained, optimizer, scaler, {"seed": seed, "accumulate": accumulate})
+    place = Place(folder, trained, optimizer, scaler, {"seed": seed, "accumulate": accumulate}, batches)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     optimizer.zero_grad()

@@ -6,13 +6,14 @@ and ``"labels"``. The model gives a tensor, an object or mapping with ``logits``
 Left out on purpose: SFT has no loss of its own. It is :func:`causal_lm` with labels of -100 outside the completion,
 which :func:`peftlib.train.encode` writes.
 
+With ``each=True`` (``functools.partial(causal_lm, each=True)``) a loss gives both numbers for each sample of the batch.
+
 Letters: B rows, T positions, V vocabulary, C classes, D width.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,14 +22,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peftlib import PeftlibError
+from peftlib.train.outputs import check_places, forward, get, without_head
 
 IGNORE = -100
 """A label that is no target."""
-Weighted = tuple[Tensor, int]
+Weighted = tuple[Tensor, Any]
+"""The sum and the number of targets; with ``each=True`` one per sample, (B,) both."""
 
 
 def causal_lm(
-    model: nn.Module, batch: Mapping[str, Any], *, head: str | None = None, chunk: int = 256
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    head: str | None = None,
+    chunk: int = 256,
+    each: bool = False,
 ) -> Weighted:
     """Each position predicts the next label: ``-sum log softmax(logits[:, t])[labels[:, t+1]]``.
 
@@ -40,6 +48,7 @@ def causal_lm(
         head: dotted name of the module that makes the logits, to compute them ``chunk`` positions at a time, see
             :func:`chunked_cross_entropy`; with ``functools.partial(causal_lm, head="lm_head")``.
         chunk: positions whose logits exist at once.
+        each: sums and counts of each row.
 
     Raises:
         PeftlibError: shapes that do not go together, no targets, or a model that changes its logits after ``head``.
@@ -50,18 +59,18 @@ def causal_lm(
         >>> total.shape, count
         (torch.Size([]), 3)
     """
-    labels = _get(batch, "labels")
+    labels = get(batch, "labels")
     if labels.dim() != 2 or labels.is_floating_point():
         raise PeftlibError(
             f"causal_lm takes integer labels of shape (rows, positions); got {labels.dtype} of {tuple(labels.shape)}."
         )
     if head is None:
         logits = forward(model, batch)
-        _same_places(logits, labels)
-        return cross_entropy(logits[:, :-1], labels[:, 1:])
-    hidden, output = _without(model, head, batch)
-    _same_places(hidden, labels)
-    return chunked_cross_entropy(hidden[:, :-1], labels[:, 1:], output, chunk)
+        check_places(logits, labels)
+        return cross_entropy(logits[:, :-1], labels[:, 1:], each=each)
+    hidden, output = without_head(model, head, batch)
+    check_places(hidden, labels)
+    return chunked_cross_entropy(hidden[:, :-1], labels[:, 1:], output, chunk, each=each)
 
 
 def classification(
@@ -70,6 +79,7 @@ def classification(
     *,
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
+    each: bool = False,
 ) -> Weighted:
     """Cross-entropy of a class per label: sequences (B, C) with labels (B,), tokens (B, T, C) with labels (B, T).
 
@@ -78,6 +88,7 @@ def classification(
         batch: ``inputs``, integer ``labels`` with -100 where there is no target.
         class_weights: (C,) factors of each class's terms; the count stays the number of targets.
         label_smoothing: share of the target spread over all classes.
+        each: sums and counts of each row.
 
     Raises:
         PeftlibError: shapes that do not go together, or no targets.
@@ -88,20 +99,22 @@ def classification(
         >>> round(total.item(), 4), count
         (1.3863, 2)
     """
-    logits, labels = forward(model, batch), _get(batch, "labels")
-    _same_places(logits, labels)
-    return cross_entropy(logits, labels, class_weights=class_weights, label_smoothing=label_smoothing)
+    logits, labels = forward(model, batch), get(batch, "labels")
+    check_places(logits, labels)
+    return cross_entropy(
+        logits, labels, class_weights=class_weights, label_smoothing=label_smoothing, each=each
+    )
 
 
-def masked_lm(model: nn.Module, batch: Mapping[str, Any]) -> Weighted:
+def masked_lm(model: nn.Module, batch: Mapping[str, Any], *, each: bool = False) -> Weighted:
     """Cross-entropy at the hidden positions; :func:`peftlib.train.mask_tokens` makes inputs and labels.
 
     Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1.
     """
-    return classification(model, batch)
+    return classification(model, batch, each=each)
 
 
-def regression(model: nn.Module, batch: Mapping[str, Any]) -> Weighted:
+def regression(model: nn.Module, batch: Mapping[str, Any], *, each: bool = False) -> Weighted:
     """Squared error ``sum (y - labels)^2`` over every number of ``labels``; NaN labels are no targets.
 
     An output (B, 1) goes with labels (B,).
@@ -114,7 +127,7 @@ def regression(model: nn.Module, batch: Mapping[str, Any]) -> Weighted:
         >>> regression(nn.Identity(), batch)
         (tensor(4.), 2)
     """
-    output, labels = forward(model, batch), _get(batch, "labels")
+    output, labels = forward(model, batch), get(batch, "labels")
     if output.dim() == labels.dim() + 1 and output.shape[-1] == 1:
         output = output.squeeze(-1)
     if output.shape != labels.shape:
@@ -124,11 +137,22 @@ def regression(model: nn.Module, batch: Mapping[str, Any]) -> Weighted:
         )
     there = ~labels.isnan()
     wide = torch.promote_types(output.dtype, torch.float32)
-    return (output.to(wide)[there] - labels.to(wide)[there]).square().sum(), _some(there)
+    count = _some(there)
+    if each:
+        # a place without a target is compared with itself: no loss, and a gradient of zero, not NaN
+        output = output.to(wide)
+        squares = (output - torch.where(there, labels.to(wide), output)).square()
+        return _each(squares), _each(there)
+    return (output.to(wide)[there] - labels.to(wide)[there]).square().sum(), count
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    each: bool = False,
 ) -> Weighted:
     """``-sum log softmax(logits)[label]`` over labels that are not -100, in float32 or wider, and their number.
 
@@ -137,11 +161,13 @@ def cross_entropy(
         labels: (...) integers.
         class_weights: (V,).
         label_smoothing: 0 to 1.
+        each: sums and counts along the first axis.
 
     Raises:
         PeftlibError: every label is -100.
     """
-    count = _some(labels != IGNORE)
+    there = labels != IGNORE
+    count = _some(there)
     # reshape, not transpose: the kernel for (rows, classes) is the fast one
     rows = logits.reshape(-1, logits.shape[-1])
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -149,15 +175,20 @@ def cross_entropy(
         rows,
         labels.reshape(-1),
         ignore_index=IGNORE,
-        reduction="sum",
+        reduction="none" if each else "sum",
         weight=None if class_weights is None else class_weights.to(rows),
         label_smoothing=label_smoothing,
     )
-    return total, count
+    return (_each(total.view_as(labels)), _each(there)) if each else (total, count)
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], chunk: int = 256
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    chunk: int = 256,
+    *,
+    each: bool = False,
 ) -> Weighted:
     """:func:`cross_entropy` of ``head(hidden)``, of which only ``chunk`` positions exist at a time.
 
@@ -169,6 +200,7 @@ def chunked_cross_entropy(
         labels: (...) integers, -100 where there is no target.
         head: any module or function (n, D) -> (n, V), with a tuning in it or not.
         chunk: positions at a time.
+        each: sums and counts along the first axis.
 
     Raises:
         PeftlibError: every label is -100, or ``chunk`` below 1.
@@ -190,87 +222,21 @@ def chunked_cross_entropy(
     rows, targets = hidden.reshape(-1, hidden.shape[-1])[there], labels.reshape(-1)[there]
 
     def part(some: Tensor, wanted: Tensor) -> Tensor:
-        return cross_entropy(head(some), wanted)[0]
+        return cross_entropy(head(some), wanted, each=each)[0]
 
     total = [
         checkpoint(part, some, wanted, use_reentrant=False)
         for some, wanted in zip(rows.split(chunk), targets.split(chunk), strict=True)
     ]
+    if each:
+        losses = torch.cat(total)
+        row = torch.arange(len(labels), device=labels.device).repeat_interleave(labels[0].numel())[there]
+        return losses.new_zeros(len(labels)).index_add(0, row, losses), _each(labels != IGNORE)
     return torch.stack(total).sum(), count
 
 
-def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The model's first tensor for a batch's ``inputs``."""
-    return first_tensor(_call(model, _get(batch, "inputs")), model)
-
-
-def first_tensor(output: Any, model: nn.Module) -> Tensor:
-    """The output itself, its ``logits``, or its first element."""
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(found, (tuple, list)) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise PeftlibError(
-            f"{type(model).__name__} gave {type(output).__name__}; the loss needs a tensor, something with .logits, or "
-            "a tuple that begins with a tensor. Write a loss of your own: (model, batch) -> (sum, count)."
-        )
-    return found
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-
-
-def _without(model: nn.Module, name: str, batch: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
-    """What the head was given, and the head; the logits are not made."""
-    head = dict(model.named_modules()).get(name)
-    if head is None:
-        raise PeftlibError(
-            f"{type(model).__name__} has no module {name!r}. Name the one that makes the logits."
-        )
-    given: list[Tensor] = []
-    with _replaced(head, given):
-        output = forward(model, batch)
-    if len(given) != 1 or output is not given[0]:
-        raise PeftlibError(
-            f"{type(model).__name__} does more than return what {name!r} gives (it ran {len(given)} times), so its "
-            "logits cannot be made in chunks. Use the loss without head=."
-        )
-    return output, head
-
-
-@contextlib.contextmanager
-def _replaced(head: nn.Module, given: list[Tensor]) -> Iterator[None]:
-    """The head hands on its input; in the instance, as its class may be others' too."""
-
-    def hand_on(x: Tensor) -> Tensor:
-        given.append(x)
-        return x
-
-    before = head.__dict__.get("forward")
-    head.__dict__["forward"] = hand_on
-    try:
-        yield
-    finally:
-        head.__dict__.pop("forward")
-        head.__dict__.update({} if before is None else {"forward": before})
-
-
-def _get(batch: Any, key: str) -> Any:
-    if not isinstance(batch, Mapping) or key not in batch:
-        what = f"one with {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
-        raise PeftlibError(f"The loss needs a batch with 'inputs' and 'labels'; got {what}. Give {key!r}.")
-    return batch[key]
-
-
-def _same_places(output: Tensor, labels: Tensor) -> None:
-    if output.shape[:-1] != labels.shape:
-        raise PeftlibError(
-            f"The model gives {tuple(output.shape)} and the labels are {tuple(labels.shape)}: all axes but the last "
-            "have to be the same."
-        )
+def _each(values: Tensor) -> Tensor:
+    return values.reshape(len(values), -1).sum(1)
 
 
 def _some(there: Tensor) -> int:

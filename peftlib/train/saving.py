@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftlib import PeftlibError, Tuning
 from peftlib.container import reading, write
+from peftlib.train.batches import Batches
 from peftlib.train.history import History
 from peftlib.train.logs import JsonlLog
 from peftlib.train.rng import capture, restore
@@ -35,6 +36,7 @@ class Place:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         settings: Mapping[str, Any],
+        batches: Any,
     ):
         if folder is not None and not isinstance(trained, Tuning):
             raise PeftlibError(
@@ -43,6 +45,7 @@ class Place:
             )
         self.folder, self.trained, self.optimizer = folder, trained, optimizer
         self.scaler, self.settings = scaler, dict(settings)
+        self.batches = batches if isinstance(batches, Batches) else None
         self.log = JsonlLog(folder / LOG) if folder is not None else lambda row: None
 
     def open(self, resume: bool) -> State:
@@ -79,6 +82,8 @@ class Place:
             "scaler": self.scaler.state_dict(),
         }
         groups = {"rng": capture(), "epoch_rng": state.epoch_rng, "best_values": state.best_values}
+        if self.batches is not None:
+            groups["batches"] = self.batches.state_dict()
         tensors = {f"{group}/{k}": t for group, held in groups.items() for k, t in held.items()}
         write(self.folder / STATE, tensors, about)
         for old in self.folder.glob("tuning-*.safetensors"):
@@ -98,6 +103,8 @@ class Place:
                 )
         for name, value in about["state"].items():
             setattr(state, name, value)
+        if self.batches is not None:
+            self.batches.load_state_dict(_group(tensors, "batches"))
         path = self._tuning(state.step)
         with reading(path) as file:
             values = file.tensors(name for name in file.entries if not name.startswith("optimizer/"))

@@ -18,7 +18,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from peftlib import PeftlibError
 
 Loss = Callable[[nn.Module, Any], Any]
-"""(model, batch) -> (sum over the targets, number of targets), or a scalar that counts as one target."""
+"""(model, batch) -> (sum over the targets, number of targets), or a scalar that counts as one target.
+
+Sum and number may also be one per sample, (B,) each: what works on samples (weights, mining) is made of such losses.
+"""
 
 
 class NonFiniteError(PeftlibError):
@@ -93,13 +96,16 @@ def weighted(
     cast = torch.autocast(device.type, autocast) if autocast is not None else contextlib.nullcontext()
     with cast:
         result = loss(model, batch)
-    value, count = result if isinstance(result, tuple) and len(result) == 2 else (result, 1)
+    value, count = counted(result)
+    if isinstance(value, Tensor) and isinstance(count, Tensor) and value.shape == count.shape:
+        value, count = value.sum(), count.sum()
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = (
             f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         )
         raise PeftlibError(
-            f"The loss gave {what}. Return (sum over the targets, number of targets), or one scalar tensor."
+            f"The loss gave {what}. Return (sum over the targets, number of targets), both of the batch or both one "
+            "per sample, or one scalar tensor."
         )
     count = float(count)
     if not count > 0:
@@ -107,6 +113,11 @@ def weighted(
             f"The loss counted {count:g} targets in a batch. Leave out batches without targets."
         )
     return value.reshape(()), count
+
+
+def counted(result: Any) -> tuple[Any, Any]:
+    """What a loss gave, as value and count."""
+    return result if isinstance(result, tuple) and len(result) == 2 else (result, 1)
 
 
 def moved(batch: Any, device: torch.device) -> Any:

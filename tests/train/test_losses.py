@@ -79,6 +79,32 @@ def test_causal_lm_is_its_naive_twin_whole_or_in_chunks(case):
     assert "forward" not in model.head.__dict__
 
 
+@given(labelled())
+def test_sums_and_counts_of_each_row_are_those_of_its_naive_twin(case):
+    ids, labels = case
+    model = decoder()
+    for loss, shift in (
+        (causal_lm, 1),
+        (partial(causal_lm, head="head", chunk=2), 1),
+        (classification, 0),
+        (masked_lm, 0),
+    ):
+        sums, counts = loss(model, {"inputs": ids, "labels": labels}, each=True)
+        positions = ids.shape[1] - shift
+        expected = [
+            naive(row[:positions], wanted[shift:]) for row, wanted in zip(model(ids), labels, strict=True)
+        ]
+        torch.testing.assert_close(sums, torch.stack([e for e, _ in expected]), rtol=1e-12, atol=1e-12)
+        assert counts.tolist() == [count for _, count in expected]
+        factors = torch.arange(1.0, len(ids) + 1, dtype=torch.float64)  # each row's gradient is its own
+        torch.testing.assert_close(
+            gradients(model, (factors * sums).sum()),
+            gradients(model, sum(f * e for f, (e, _) in zip(factors, expected, strict=True))),
+            rtol=1e-10,
+            atol=1e-12,
+        )
+
+
 @given(labelled(least=1))
 def test_classification_of_tokens_and_of_sequences(case):
     ids, labels = case
@@ -116,8 +142,15 @@ def test_regression_counts_every_number_but_nan():
     total, count = regression(nn.Identity(), {"inputs": y, "labels": labels})
     expected = (y[0, 0] - 1) ** 2 + (y[1, 0] - 2) ** 2 + (y[1, 1] - 3) ** 2
     torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(t, y)[0] for t in (total, expected)))
+    torch.testing.assert_close(*(torch.autograd.grad(t, y, retain_graph=True)[0] for t in (total, expected)))
     assert count == 3
+    sums, counts = regression(nn.Identity(), {"inputs": y, "labels": labels}, each=True)
+    torch.testing.assert_close(sums, torch.stack([(y[0, 0] - 1) ** 2, *(y[1] - labels[1]).square().sum()[None],
+                                                  y.new_zeros(())]))  # fmt: skip
+    torch.testing.assert_close(
+        *(torch.autograd.grad(t, y, retain_graph=True)[0] for t in (sums.sum(), total))
+    )
+    assert counts.tolist() == [1, 2, 0]
 
 
 def test_low_precision_is_summed_in_float32():
