@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import peftlib
 from peftlib import Adapter, LoRA, PeftlibError
-from peftlib.methods.adapter import ACTIVATIONS
+from peftlib.methods.bottleneck import ACTIVATIONS
 from tests.twin import assert_twins, assert_untouched, classes, randomize, snapshot
 
 D = torch.float64
@@ -547,3 +547,69 @@ def test_an_adapter_refuses_to_merge() -> None:
         tuning.merge()
     assert not tuning.merged
     assert tuning.enabled
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("placement", ["sequential", "parallel"])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_what_the_backward_keeps_is_small(
+    layer_norm: bool, activation: str, placement: str, scale: float
+) -> None:
+    """Besides what the adapter acts on, at most two tensors of the bottleneck's width: no full-width copies."""
+    hosts = {"linear": nn.Linear(64, 64), "conv": nn.Conv2d(64, 64, 3, padding=1)}
+    inputs = {"linear": torch.randn(2, 35, 64), "conv": torch.randn(2, 64, 5, 7)}
+    for kind, host in hosts.items():
+        x = inputs[kind].requires_grad_()
+        method = Adapter(
+            dim=4, layer_norm=layer_norm, activation=activation, placement=placement, scale=scale
+        )
+        tuning = peftlib.attach(host, method, targets=[""])
+        randomize(tuning)
+        own = {id(p) for p in host.parameters()} | {id(x)}
+        kept: dict[int, int] = {}
+
+        def pack(t: Tensor, own: Any = own, kept: Any = kept) -> Tensor:
+            # Views, too, stand for all that they keep alive.
+            if not {id(t), id(t._base)} & own:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            host(x)
+        narrow, wide = 2 * 35 * 4, 2 * 35 * 64
+        # Tensors of the weights' size (a transposed or scaled view of them) are not of the batch.
+        of_batch = sorted(n for n in kept.values() if n >= narrow)
+        expected = [wide] if placement == "sequential" else []
+        assert [n for n in of_batch if n > narrow] == expected, (kind, of_batch)
+        assert len(of_batch) - len(expected) <= 2
+        tuning.detach()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("placement", ["sequential", "parallel"])
+def test_derivatives_of_derivatives_and_transforms(placement: str, channels_last: bool) -> None:
+    host = nn.Conv2d(3, 3, 1, dtype=D)
+    method = Adapter(dim=2, activation="gelu", layer_norm=True, placement=placement)
+    tuning = peftlib.attach(host, method, targets=[""])
+    p = randomize(tuning)
+    x = torch.randn(2, 3, 2, 2, dtype=D)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    names = list(p)
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        own = {
+            f"_peft.default:adapter.{n.rpartition('adapter.')[2]}": v
+            for n, v in zip(names, values, strict=True)
+        }
+        return torch.func.functional_call(host, own, (x,))
+
+    values = tuple(p.values())
+    assert torch.autograd.gradgradcheck(run, (x.requires_grad_(), *values))
+    torch.testing.assert_close(torch.vmap(lambda one: host(one[None])[0])(x), host(x))
+    compiled = torch.compile(host, backend="aot_eager", fullgraph=True)
+    assert_twins(lambda: compiled(x), lambda: host(x), {"x": x, **p})
