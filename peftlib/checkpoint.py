@@ -65,10 +65,15 @@ def save(
         about["optimizer"], tensors = resume.describe(tuning, optimizer)
         state |= tensors
     sharded = any(is_sharded(t) for t in state.values())
-    gathered = {k: whole(t) for k, t in state.items()}
+    writes = not sharded or torch.distributed.get_rank() == 0
+    gathered = {}
+    for key, tensor in state.items():
+        # All processes gather, one tensor at a time; the one that writes keeps it, off the device that holds shards.
+        value = whole(tensor)
+        if writes:
+            gathered[key] = value.cpu() if is_sharded(tensor) else value
     try:
-        # Every process holds the whole tensors now; one of them writes.
-        if not sharded or torch.distributed.get_rank() == 0:
+        if writes:
             write(path, gathered, about)
     finally:
         if sharded:

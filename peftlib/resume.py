@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peftlib.container import Reading, reading
 from peftlib.errors import CheckpointError, PeftlibError
-from peftlib.storage import as_bytes, is_sharded, whole
+from peftlib.storage import as_bytes, is_sharded, like, whole
 from peftlib.tuning import Tuning
 
 PREFIX = "optimizer/"
@@ -155,8 +155,8 @@ def _give(
     for i, state in packed["state"].items():
         parameter = parameters[names[i]]
         for key, value in state.items():
-            if isinstance(value, Tensor) and is_sharded(parameter) and value.shape == parameter.shape:
-                state[key] = _sharded_like(value, parameter)
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = like(value, parameter)
     optimizer.load_state_dict(packed)
     for i, state in packed["state"].items():
         parameter = parameters[names[i]]
@@ -232,12 +232,6 @@ def _check_kind(optimizer: Any) -> None:
         raise PeftlibError(
             f"optimizer= takes a torch.optim.Optimizer; got {type(optimizer).__name__}. Pass the optimizer itself."
         )
-
-
-def _sharded_like(value: Tensor, parameter: Any) -> Tensor:
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 _YOURSELF = "Keep its state_dict() by your own means, beside tuning.save(path)."

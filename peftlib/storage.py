@@ -229,6 +229,16 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def like(value: Tensor, own: Any) -> Tensor:
+    """A whole tensor as one of ``own``'s kind: this process's shard of it, if ``own`` is sharded."""
+    if not is_sharded(own) or is_sharded(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # every process has the whole and cuts its own shard: nothing is sent
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
 def encoded(header: Mapping[str, Any]) -> bytes:
     """A header as it lies in a file, its length in front, filled up with blanks to whole words."""
     text = json.dumps(header, separators=(",", ":")).encode()

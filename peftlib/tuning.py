@@ -21,6 +21,7 @@ from peftlib.methods.base import Method
 from peftlib.part import Part, check_state
 from peftlib.registry import AXES, ENABLED, enabled
 from peftlib.site import TUNINGS, check_closable, check_no_route, close_host, deltas, set_active
+from peftlib.storage import like
 
 if TYPE_CHECKING:
     from peftlib.arithmetic import Combination
@@ -122,7 +123,7 @@ class Tuning:
         check_state(own, state, f"the tuning {self.name!r}")
         with torch.no_grad():
             for key, value in state.items():
-                own[key].copy_(value)
+                own[key].copy_(like(value, own[key]))
 
     def save(
         self,

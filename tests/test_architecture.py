@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "part": {"methods.base", "errors"},
     "registry": {"site", "errors"},
     "freezing": {"methods.trained"},
-    "tuning": {"part", "registry", "freezing", "merging", "site", "methods.base", "errors"},
+    "tuning": {"part", "registry", "freezing", "merging", "site", "storage", "methods.base", "errors"},
     "attach": {
         *("tuning", "part", "registry", "freezing", "targets"),
         *("probe", "site", "methods", "open_attention", "errors"),
@@ -70,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
         *("storage", "methods", "open_attention", "errors"),
     },
     # Of models and tunings the public names alone; files, tables and charts from the files that know nothing of either.
-    "train": {"", "train", "memory", "container", "report", "charts"},
+    "train": {"", "train", "memory", "container", "storage", "report", "charts"},
 }
 
 # Imports inside a function, which break a circle on purpose.

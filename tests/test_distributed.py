@@ -1,13 +1,9 @@
 """Two processes with sharded parameters compute what one does, save the same file and go on from it."""
 
-import subprocess
-import sys
-import textwrap
-
-import pytest
 import torch
 
 from peftlib.container import read
+from tests.ranks import launch
 
 SCRIPT = """
 import copy
@@ -88,22 +84,9 @@ if world > 1:
 """
 
 
-def run(world, folder):
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SCRIPT)]
-    started = [
-        subprocess.Popen([*command, str(rank), str(world), str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-
-
 def test_two_sharded_processes_equal_one(tmp_path):
-    if not torch.distributed.is_available():
-        pytest.skip("torch is built without torch.distributed")
-    run(1, tmp_path)
-    run(2, tmp_path)
+    launch(SCRIPT, 1, tmp_path)
+    launch(SCRIPT, 2, tmp_path)
     one, two = (torch.load(tmp_path / f"world{n}.pt") for n in (1, 2))
     torch.testing.assert_close(two, one)
     files = [read(tmp_path / f"world{n}.safetensors") for n in (1, 2)]

@@ -1,12 +1,10 @@
 """Two processes that shard a model hold what ShardedOver says, by the allocator's own records."""
 
 import json
-import subprocess
-import sys
-import textwrap
 
 import pytest
-import torch
+
+from tests.ranks import launch
 
 SCRIPT = """
 import itertools, json, sys
@@ -21,7 +19,7 @@ import peftlib
 from peftlib import LoRA
 from peftlib.memory import ShardedOver, estimate_memory, measure_memory
 
-rank, folder, tuned = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "lora"
+rank, folder, tuned = int(sys.argv[1]), sys.argv[3], sys.argv[4] == "lora"
 torch.set_num_threads(1)
 
 
@@ -86,23 +84,7 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("tuned", ["full", "lora"])
 def test_a_rank_holds_what_is_said(tmp_path, tuned):
-    if not torch.distributed.is_available():
-        pytest.skip("torch is built without torch.distributed")
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SCRIPT)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path), tuned],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    printed = []
-    for process in processes:
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        printed.append(out)
+    printed = launch(SCRIPT, 2, tmp_path, tuned)
     found = json.loads(printed[0].splitlines()[-1])
     parts = found["parts"]
     assert parts["trained_bytes"] == found["trained"]

@@ -93,17 +93,25 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of an epoch from batch ``start`` on."""
-        order = self._order(epoch)
+        for places in self.places(epoch, start):
+            yield self.made(epoch, places)
+
+    def places(self, epoch: int, start: int = 0) -> Iterator[list[tuple[int, int]]]:
+        """What each of these batches is made of: (place in the epoch, number of the example)."""
+        order = list(enumerate(self._order(epoch).tolist()))
         for first in range(start * self.size, len(order), self.size):
-            chosen = order[first : first + self.size]
-            batch = self.collate([self._example(i, epoch, first + k) for k, i in enumerate(chosen.tolist())])
-            if self.index:
-                if not isinstance(batch, Mapping):
-                    raise PeftlibError(
-                        f"index=True adds batch['index'], and collate= gives {type(batch).__name__}. Give a dict."
-                    )
-                batch = {**batch, "index": chosen}
-            yield batch
+            yield order[first : first + self.size]
+
+    def made(self, epoch: int, places: Sequence[tuple[int, int]]) -> Any:
+        """A batch of these."""
+        batch = self.collate([self._example(number, epoch, place) for place, number in places])
+        if not self.index:
+            return batch
+        if not isinstance(batch, Mapping):
+            raise PeftlibError(
+                f"index=True adds batch['index'], and collate= gives {type(batch).__name__}. Give a dict."
+            )
+        return {**batch, "index": torch.tensor([number for _, number in places])}
 
     def _order(self, epoch: int) -> Tensor:
         if self.sampler is None:
@@ -116,8 +124,8 @@ class Batches:
         there = len(self.examples)
         if len(order) != len(self.sampler) or bool(((order < 0) | (order >= there)).any()):
             raise PeftlibError(
-                f"{type(self.sampler).__name__}, of length {len(self.sampler)}, drew {len(order)} numbers, and not all of "
-                f"them are those of {there} examples. Make it for these examples."
+                f"{type(self.sampler).__name__}, of length {len(self.sampler)}, drew {len(order)} numbers, and not all "
+                f"of them are those of {there} examples. Make it for these examples."
             )
         return order
 

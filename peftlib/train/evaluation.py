@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peftlib import PeftlibError
+from peftlib.train.parallel import ALONE, Ranks
 from peftlib.train.rng import untouched
 from peftlib.train.state import State
 from peftlib.train.step import Loss, moved, weighted
@@ -52,18 +53,27 @@ class EarlyStopping:
 
 @torch.no_grad()
 def run_evaluation(
-    model: nn.Module, evaluate: Any, loss: Loss, autocast: torch.dtype | None, device: torch.device
+    model: nn.Module,
+    evaluate: Any,
+    loss: Loss,
+    autocast: torch.dtype | None,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """The numbers of ``evaluate``, as ``eval_...``; neither the random state nor train mode notices."""
-    with untouched(), mode(model, False):
+    """The numbers of ``evaluate``, as ``eval_...``; neither the random state nor train mode notices.
+
+    With ``ranks``, batches are dealt out to them, and of a function's numbers those of the first count.
+    """
+    with untouched(), mode(model, False), ranks.settled(model):
         if callable(evaluate):
             found = evaluate(model)
             named = found if isinstance(found, Mapping) else {"loss": found}
-            return {f"eval_{name}": float(value) for name, value in named.items()}
+            return ranks.agreed({f"eval_{name}": float(value) for name, value in named.items()})
         total, targets = 0.0, 0.0
-        for batch in evaluate:
+        for batch in ranks.deal(evaluate):
             value, count = weighted(loss, model, moved(batch, device), autocast, device)
             total, targets = total + value.item(), targets + count
+        total, targets = ranks.total(total, targets)
     if not targets:
         raise PeftlibError("evaluate= has no batches. Pass what can be iterated again and again.")
     return {"eval_loss": total / targets}

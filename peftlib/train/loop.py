@@ -3,7 +3,7 @@
 Who is killed at any moment and resumes ends with the bits of who never was, on the CPU: everything that a later step
 depends on is in ``State``, the tuning, the optimizer or the random state, and those go into files together.
 
-Left out on purpose: several processes; regularizers, weights and mining, which are made of losses and samplers.
+Left out on purpose: regularizers, weights and mining, which are made of losses and samplers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from peftlib.train.batches import Batches
 from peftlib.train.evaluation import EarlyStopping, consider, mode, run_evaluation
 from peftlib.train.history import History
 from peftlib.train.logs import progress_bar
+from peftlib.train.parallel import Ranks, ranks_of
 from peftlib.train.rng import capture, restore, seeded
 from peftlib.train.saving import Place
 from peftlib.train.schedules import Schedule, constant
@@ -58,6 +59,7 @@ def fit(
     callbacks: Sequence[Callable[[Mapping[str, Any]], Any]] = (),
     progress: bool | None = None,
     seed: int | None = 0,
+    parallel: str | None = None,
 ) -> History:
     """Train what the optimizer holds: ``L = (sum of losses) / (number of targets)`` over each window of batches.
 
@@ -90,6 +92,10 @@ def fit(
         callbacks: called with each step's row of the history; one that returns True ends the training.
         progress: a bar on stderr (needs tqdm); None shows it in a terminal only.
         seed: of all generators during training, which are then as they were; None leaves them alone.
+        parallel: under torchrun, ``"ddp"`` (each process holds all) or ``"fsdp"`` (shards; model and optimizer stay
+            sharded afterwards). Each process takes its rows of the same :class:`Batches`; of anything else, whole
+            batches are dealt out, so ``accumulate`` has to be at least the number of processes. ``evaluate`` runs on
+            all, callbacks and logs on the first.
 
     Returns:
         The history, one row per step.
@@ -124,22 +130,38 @@ def fit(
     device = next(iter(optimizer.param_groups[0]["params"])).device
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    place = Place(folder, trained, optimizer, scaler, {"seed": seed, "accumulate": accumulate}, batches)
+    ranks = ranks_of(parallel, device, seed)
+    ranks.check(batches, accumulate)
+    place = Place(
+        folder, trained, optimizer, scaler, {"seed": seed, "accumulate": accumulate}, batches, ranks
+    )
+    ranks.engage(parallel, model, optimizer)
+    stepped = ranks.wrapped(parallel, model, loss)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     optimizer.zero_grad()
 
     with seeded(seed), mode(model, True), checkpointed(model, checkpoint_activations):
         state = place.open(resume)
-        windows = _windows(batches, state, accumulate)
-        with progress_bar(total, state.step, progress) as show:
+        windows = _windows(batches, state, accumulate, ranks)
+        with progress_bar(total, state.step, progress if ranks.first else False) as show:
             while state.step < total and not state.stopped:
                 began = time.perf_counter()
                 window = next(windows)
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * scheduler(state.step, total)
                 rate = optimizer.param_groups[0]["lr"]
-                row = train_step(model, window, loss, optimizer, clip=clip, autocast=autocast, scaler=scaler)
+                with ranks.drawing(state.step):
+                    row = train_step(
+                        model,
+                        window,
+                        stepped,
+                        optimizer,
+                        clip=clip,
+                        autocast=autocast,
+                        scaler=scaler,
+                        ranks=ranks,
+                    )
                 row = {"step": state.step, "epoch": state.epoch, "rate": rate, **row}
                 if not row["made"]:
                     _not_finite(row, window, state, nonfinite, scaler)
@@ -149,12 +171,12 @@ def fit(
                 state.history.add(row, time.perf_counter() - began)
 
                 if evaluate is not None and (state.step % evaluate_every == 0 or state.step == total):
-                    row |= run_evaluation(model, evaluate, loss, autocast, device)
+                    row |= run_evaluation(model, evaluate, loss, autocast, device, ranks)
                     if early_stopping is not None:
                         consider(early_stopping, row, state, trained)
                 show(row, state.history.seconds[-1])
-                answers = [callback(row) for callback in (place.log, *callbacks)]
-                state.stopped |= any(answer is True for answer in answers)
+                place.log(row)
+                state.stopped |= ranks.told(row, callbacks)
                 ended = state.step == total or state.stopped
                 if folder is not None and (ended or state.step % checkpoint_every == 0):
                     place.save(state)
@@ -163,7 +185,7 @@ def fit(
     return state.history
 
 
-def _windows(batches: Iterable[Any], state: State, accumulate: int) -> Iterator[list[Any]]:
+def _windows(batches: Iterable[Any], state: State, accumulate: int, ranks: Ranks) -> Iterator[list[Any]]:
     """Lists of batches, epoch after epoch, from the state's place on, which it moves."""
     while True:
         now = capture()
@@ -172,7 +194,7 @@ def _windows(batches: Iterable[Any], state: State, accumulate: int) -> Iterator[
         # a DataLoader draws its order when it begins: let it draw what it drew then
         restore(state.epoch_rng)
         if isinstance(batches, Batches):
-            source = batches.epoch(state.epoch, state.position)
+            source = ranks.rows(batches, state.epoch, state.position)
         else:
             source = iter(batches)
             for _ in islice(source, state.position):
@@ -181,7 +203,7 @@ def _windows(batches: Iterable[Any], state: State, accumulate: int) -> Iterator[
             restore(now)
         while window := list(islice(source, accumulate)):
             state.position += len(window)
-            yield window
+            yield window if isinstance(batches, Batches) else ranks.own(window)
         if state.position == 0:
             raise PeftlibError(
                 f"Epoch {state.epoch} has no batch. Pass what can be iterated again and again (a list, Batches, a "

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from peftlib import PeftlibError, Tuning
 from peftlib.container import reading, write
+from peftlib.storage import whole
 from peftlib.train.batches import Batches
 from peftlib.train.history import History
 from peftlib.train.logs import JsonlLog
+from peftlib.train.parallel import Ranks
 from peftlib.train.rng import capture, restore
 from peftlib.train.state import State
 
@@ -37,6 +39,7 @@ class Place:
         scaler: torch.amp.GradScaler,
         settings: Mapping[str, Any],
         batches: Any,
+        ranks: Ranks,
     ):
         if folder is not None and not isinstance(trained, Tuning):
             raise PeftlibError(
@@ -44,9 +47,9 @@ class Place:
                 "(FullFineTuning() trains all), and make the optimizer of its parameters."
             )
         self.folder, self.trained, self.optimizer = folder, trained, optimizer
-        self.scaler, self.settings = scaler, dict(settings)
+        self.scaler, self.settings, self.ranks = scaler, dict(settings), ranks
         self.batches = batches if isinstance(batches, Batches) else None
-        self.log = JsonlLog(folder / LOG) if folder is not None else lambda row: None
+        self.log = JsonlLog(folder / LOG) if folder is not None and ranks.first else lambda row: None
 
     def open(self, resume: bool) -> State:
         """A state to begin with, or the saved one, put into tuning, optimizer and generators."""
@@ -54,7 +57,7 @@ class Place:
             if resume:
                 raise PeftlibError("resume=True needs the checkpoint_dir= to go on from.")
             return State()
-        there = (self.folder / STATE).exists()
+        there = self.ranks.agreed((self.folder / STATE).exists())
         if there and not resume:
             raise PeftlibError(
                 f"{str(self.folder)!r} already holds a training. Pass resume=True to go on with it, or another folder."
@@ -72,7 +75,8 @@ class Place:
         assert self.folder is not None
         assert isinstance(self.trained, Tuning)
         current = self._tuning(state.step)
-        self.trained.save(current, optimizer=self.optimizer)
+        if self.ranks.first or self.ranks.sharded(self.trained):
+            self.trained.save(current, optimizer=self.optimizer)
         plain = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in _APART}
         about = {
             "state": plain,
@@ -84,11 +88,13 @@ class Place:
         groups = {"rng": capture(), "epoch_rng": state.epoch_rng, "best_values": state.best_values}
         if self.batches is not None:
             groups["batches"] = self.batches.state_dict()
-        tensors = {f"{group}/{k}": t for group, held in groups.items() for k, t in held.items()}
-        write(self.folder / STATE, tensors, about)
-        for old in self.folder.glob("tuning-*.safetensors"):
-            if old != current:
-                old.unlink()
+        tensors = {f"{group}/{k}": whole(t) for group, held in groups.items() for k, t in held.items()}
+        if self.ranks.first:
+            write(self.folder / STATE, tensors, about)
+            for old in self.folder.glob("tuning-*.safetensors"):
+                if old != current:
+                    old.unlink()
+        self.ranks.wait()
 
     def _load(self, state: State) -> State:
         assert self.folder is not None

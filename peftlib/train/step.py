@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from peftlib import PeftlibError
+from peftlib.storage import whole
+from peftlib.train.parallel import ALONE, Idle, Ranks
 
 Loss = Callable[[nn.Module, Any], Any]
 """(model, batch) -> (sum over the targets, number of targets), or a scalar that counts as one target.
@@ -47,8 +49,11 @@ def train_step(
     clip: float | None = None,
     autocast: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Backward over the window, clip, step: ``L = sum of losses / sum of counts``, over all its micro-batches.
+
+    With ``ranks``, over those of all processes; each gives its own part of the window.
 
     Returns:
         ``loss`` and ``norm`` (of the gradients, before clipping) as floats, ``targets``, and ``made``: False if a
@@ -60,25 +65,28 @@ def train_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    sums, targets, first = [], 0.0, 0.0
-    for batch in window:
-        value, count = weighted(loss, model, moved(batch, device), autocast, device)
-        if not value.requires_grad:
-            raise PeftlibError(
-                "The loss does not depend on anything that is trained. Attach a tuning before training, and compute "
-                "the loss from the model's output without detach() or no_grad()."
-            )
-        # the first count keeps the gradients' size; the true one is known when the window is through
-        first = first or count
-        scaler.scale(value / first).backward()
+    sums, counts, first = [], 0.0, 0.0
+    for number, batch in enumerate(window, 1):
+        with ranks.adding(last=number == len(window)):
+            value, count = weighted(loss, model, moved(batch, device), autocast, device)
+            if not value.requires_grad:
+                raise PeftlibError(
+                    "The loss does not depend on anything that is trained. Attach a tuning before training, and "
+                    "compute the loss from the model's output without detach() or no_grad()."
+                )
+            # the first count keeps the gradients' size; the true one is known when the window is through
+            first = first or ranks.total(count)[0]
+            scaler.scale(value / first).backward()
         sums.append(value.detach().double())
-        targets += count
+        counts += count
+    total, targets = ranks.total(sum(sums), counts)
     scaler.unscale_(optimizer) if scaler.is_enabled() else None
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if targets != first:
-        torch._foreach_mul_(gradients, first / targets)
+    # torch's engines give the mean over the processes
+    if targets != first * ranks.world:
+        torch._foreach_mul_(gradients, first * ranks.world / targets)
     norm = get_total_norm(gradients)
-    row = {"loss": float(sum(sums)) / targets, "norm": float(norm), "targets": targets}
+    row = {"loss": total / targets, "norm": float(whole(norm)), "targets": targets}
     row["made"] = math.isfinite(row["loss"]) and math.isfinite(row["norm"])
     if row["made"]:
         if clip is not None:
@@ -92,7 +100,10 @@ def train_step(
 def weighted(
     loss: Loss, model: nn.Module, batch: Any, autocast: torch.dtype | None, device: torch.device
 ) -> tuple[Tensor, float]:
-    """A loss's sum and count, checked."""
+    """A loss's sum and count, checked; of what is :class:`Idle` both are 0."""
+    if isinstance(batch, Idle):
+        value, _ = weighted(loss, model, batch.batch, autocast, device)
+        return value * 0, 0.0
     cast = torch.autocast(device.type, autocast) if autocast is not None else contextlib.nullcontext()
     with cast:
         result = loss(model, batch)
@@ -124,6 +135,8 @@ def moved(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on ``device``; dicts, lists and tuples are followed, anything else stays."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if isinstance(batch, Idle):
+        return Idle(moved(batch.batch, device))
     if isinstance(batch, Mapping):
         return {key: moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
