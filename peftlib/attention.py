@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
 from peftlib.errors import PeftlibError
+from peftlib.kernels.causal_prefix import can_split, causal_prefix
 
 # What nn.MultiheadAttention and nn.TransformerEncoderLayer hand everything to.
 _CLOSED = (
@@ -120,8 +121,19 @@ class PrefixScope(TorchFunctionMode):
         self.met = True
         gqa = options.get("enable_gqa", False)
         n_real, n_prefix = key.shape[-2], self.key.shape[-3]
-        key = _prepend("key", self.key, key, query, gqa)
-        value = _prepend("value", self.value, value, query, gqa)
+        own_key, key = _fitted("key", self.key, key, query, gqa)
+        own_value, value = _fitted("value", self.value, value, query, gqa)
+        if (
+            func is F.scaled_dot_product_attention
+            and (is_causal or (attn_mask is not None and _diagonal(attn_mask) == 0))
+            and self.visible_BP is None
+            and not dropout_p
+            and can_split(query, key, value, (own_key, own_value))
+            # A scope further out has to see a call.
+            and not torch._C._is_torch_function_mode_enabled()
+        ):
+            return causal_prefix(query, key, value, (own_key, own_value), options.get("scale"))
+        key, value = torch.cat([own_key, key], -2), torch.cat([own_value, value], -2)
         if self.visible_BP is None:
             attn_mask = _widen_mask(attn_mask, is_causal, query, key, value, n_real, n_prefix)
         else:
@@ -129,8 +141,10 @@ class PrefixScope(TorchFunctionMode):
         return func(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **options)
 
 
-def _prepend(what: str, prefix: Tensor, real: Tensor, query: Tensor, gqa: bool) -> Tensor:
-    """Cat a prefix, (P, H, E) or (B, P, H, E), in front of ``real`` (..., H, S, E) along S: the only copy made."""
+def _fitted(what: str, prefix: Tensor, real: Tensor, query: Tensor, gqa: bool) -> tuple[Tensor, Tensor]:
+    """A prefix, (P, H, E) or (B, P, H, E), and ``real``, (..., H, S, E), laid out alike but for P and S; no copies of
+    the batch.
+    """
     if real.is_nested:
         raise PeftlibError(
             f"SDPA got a nested {what}; a prefix needs a padded one with a mask. Pad before attention."
@@ -153,8 +167,7 @@ def _prepend(what: str, prefix: Tensor, real: Tensor, query: Tensor, gqa: bool) 
     if prefix.dim() == 4:
         real = _of_rows(what, len(prefix), real, query)
     prefix = rearrange(prefix, "... p h e -> ... h p e") if has_heads else prefix[..., 0, :]
-    lead = real.shape[:-2]
-    return torch.cat([prefix.to(real).expand(*lead, -1, -1), real], dim=-2)
+    return prefix.to(real).expand(*real.shape[:-2], -1, -1), real
 
 
 def _of_rows(what: str, n_rows: int, real: Tensor, query: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from peftlib.kernels import low_rank
+from peftlib.kernels import causal_prefix, low_rank
 
 # The same examples on every machine and in every run: a failure seen once is seen by everybody.
 settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
@@ -24,9 +24,10 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def kernels_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels_for_small_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests are small; what runs for large inputs shall run in them."""
     monkeypatch.setattr(low_rank, "FEW", 0)
+    monkeypatch.setattr(causal_prefix, "LONG", 0)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "charts": {"report", "errors"},
     "storage": {"errors"},
     "container": {"storage", "errors"},
-    "attention": {"errors"},
+    "attention": {"kernels", "errors"},
     "open_attention": {"attention", "errors"},
     "kernels": {"kernels", "errors"},
     "methods": {"methods", "kernels", "attention", "open_attention", "errors"},

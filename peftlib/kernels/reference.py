@@ -3,10 +3,13 @@
 They are what the tests compare with, and what runs where a kernel cannot: inside ``torch.func`` transforms, under
 the compiler, in a backward that is itself differentiated.
 
-Shape legend: N rows (all leading axes), I in features, O out features, R rank.
+Shape legend: N rows (all leading axes), I in features, O out features, R rank; B batch, H heads, T queries and keys,
+P prefix positions, E head width.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +45,22 @@ def low_rank_linear(
 ) -> Tensor:
     """``x Wᵀ + bias + s (drop(x) Aᵀ) Bᵀ`` for ``x`` (..., I), ``weight`` (O, I), ``a`` (R, I), ``b`` (O, R)."""
     return F.linear(x, weight, bias) + low_rank(drop(x, dropped, p), a, b, scaling)
+
+
+def causal_prefix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """``softmax([q Kₚᵀ, causal(q Kᵀ)] · scale) [Vₚ; V]`` for (B, H, T, E) and a prefix (B, H, P, E)."""
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    hidden = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).triu(1)
+    real = (query @ key.mT).masked_fill(hidden, -math.inf)
+    weights = torch.cat([query @ own_key.mT, real], -1).softmax(-1)
+    return weights @ torch.cat([own_value, value], -2)
 
 
 def add_low_rank(
