@@ -1,15 +1,13 @@
-"""What estimate_memory does besides: micro-batches, checkpointing, autocast, hints, a GPU's blocks, extrapolation."""
+"""What estimate_memory does besides: micro-batches, checkpointing, autocast, hints, workspaces, extrapolation."""
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.checkpoint import checkpoint
 
 import peftlib
 from peftlib.errors import PeftlibError, ProbeError, TargetError
-from peftlib.memory import checkpointed, estimate_memory, extrapolate, measure_memory
+from peftlib.memory import checkpointed, estimate_memory, extrapolate, measure_memory, onednn
 from tests.zoo import Decoder, Recycled, ids
 
 
@@ -172,6 +170,95 @@ def test_a_hint_answers():
         assert estimate.peak_bytes > 0
 
 
+@pytest.mark.parametrize(
+    "part, asking",
+    [
+        ("the optimizer's step", {"optimizer": torch.optim.Adafactor}),
+        ("the loss", {"loss": lambda y: y.sum() if y.mean() > 0 else -y.sum()}),
+        ("the loss", {"loss": lambda y: y.sum() * (2 if torch.equal(y, y + 1) else 1)}),
+        ("the loss", {"loss": lambda y: Doubling.apply(y).sum() * y.mean().item()}),
+        ("the backward", {"loss": lambda y: Doubling.apply(y).sum()}),
+    ],
+    ids=["optimizer", "if", "equal", "item", "backward"],
+)
+def test_a_question_outside_the_model_names_its_part_of_the_step(part, asking):
+    model, x = tower(), torch.ones(2, 32)
+    with pytest.raises(ProbeError, match=rf"^in {part}, .*asks a tensor for its value.*hint=.*extrapolate"):
+        estimate_memory(model, x, **asking)
+    report = estimate_memory(model, x, hint=1.0, **asking)
+    (note,) = report.notes
+    assert part in note
+    assert note.endswith("asked a tensor for its value and got the hint's: 1.0")
+
+
+class Doubling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (2 if g.sum() > 0 else 3)
+
+
+def test_an_answer_about_equality_is_a_bool():
+    answers = []
+
+    def loss(y):
+        answers.append(torch.equal(y, y * 2))
+        return y.sum()
+
+    estimate_memory(tower(), torch.ones(2, 32), loss=loss, hint=lambda tensor: tensor.dim())
+    assert answers == [True, True]
+    with pytest.raises(ProbeError, match=r"in the loss, AttributeError: .*nope"):
+        estimate_memory(tower(), torch.ones(2, 32), loss=lambda y: y.nope)
+
+
+# --- a workspace that only oneDNN knows ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "length, batch, inputs, width, more",
+    [(1, 1, 1, 1, {}), (17, 5, 40, 3, {"num_layers": 2}), (40, 2, 17, 100, {"bidirectional": True})],
+)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_an_lstm_keeps_what_onednn_keeps(length, batch, inputs, width, more, batch_first):
+    model = nn.LSTM(inputs, width, batch_first=batch_first, **more)
+    x = torch.randn(length, batch, inputs)
+    assert estimate_memory(model, x, optimizer=None) == measure_memory(
+        forward_backward(model, x), model=model
+    )
+
+
+def test_a_long_lstm_continues_the_line(monkeypatch):
+    monkeypatch.setattr(onednn, "TRIED", 2**22)
+    onednn._workspace.cache_clear()
+    model, x = nn.LSTM(64, 64), torch.randn(100, 50, 64)
+    sizes = []
+    monkeypatch.setattr(onednn, "LSTM", lambda tokens, *a: sizes.append(len(tokens)) or LSTM(tokens, *a))
+    estimate = estimate_memory(model, x, optimizer=None)
+    onednn._workspace.cache_clear()
+    real = measure_memory(forward_backward(model, x), model=model)
+    if "aten.mkldnn_rnn_layer.default" not in real.operations:
+        pytest.skip("built without oneDNN")
+    assert len(sizes) == 2
+    assert max(sizes) < 50
+    assert estimate.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+
+
+LSTM = onednn.LSTM
+
+
+def forward_backward(model, x):
+    def step():
+        output = model(x)
+        result = output[0].square().mean()
+        result.backward()
+        model.zero_grad()
+
+    return step
+
+
 def test_a_shape_that_depends_on_values():
     class Picks(nn.Linear):
         def forward(self, x):
@@ -179,6 +266,14 @@ def test_a_shape_that_depends_on_values():
 
     with pytest.raises(ProbeError, match=r"in the root.*shape depends on values.*extrapolate"):
         estimate_memory(Picks(4, 4), torch.ones(2, 4))
+
+
+def test_lazy_modules_have_no_size():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))
+    with pytest.raises(PeftlibError, match=r"'1.weight' has no size yet.*Run the model once.*nn\.Linear"):
+        estimate_memory(model, torch.ones(2, 4))
+    model(torch.ones(2, 4))
+    assert estimate_memory(model, torch.ones(2, 4)).trained_bytes == (20 + 15) * 4
 
 
 def test_wrong_losses_and_devices():
@@ -193,67 +288,6 @@ def test_wrong_losses_and_devices():
         estimate_memory(model, x, device="gpu0")
     with pytest.raises(PeftlibError, match=r"needs an nn\.Module; got list"):
         estimate_memory([model], x)
-
-
-# --- a GPU's blocks and kernels ------------------------------------------------------------------------------------
-
-
-def test_blocks_of_512_bytes():
-    report = estimate_memory(nn.Linear(3, 3), torch.ones(1, 3), device="cuda")
-    assert (report.device, report.trained_bytes, report.input_bytes) == ("cuda", 1024, 512)
-    assert any("not yet measured against a GPU" in note for note in report.notes)
-
-
-class Attends(nn.Module):
-    def __init__(self, dropout):
-        super().__init__()
-        self.q, self.dropout = nn.Linear(8, 8), dropout
-
-    def forward(self, x):
-        q = self.q(x).unflatten(-1, (2, 4)).transpose(1, 2)
-        return F.scaled_dot_product_attention(q, q, q, dropout_p=self.dropout, is_causal=True)
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_attention_with_dropout_keeps_no_scores_on_a_gpu(again):
-    class Outer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = Attends(0.1)
-
-        def forward(self, x):
-            return checkpoint(self.inner, x, use_reentrant=False) if again else self.inner(x)
-
-    x = torch.randn(1, 512, 8)
-    scores = 2 * 512 * 512 * 4
-    assert estimate_memory(Outer(), x).peak_bytes > scores
-    assert estimate_memory(Outer(), x, device="cuda").peak_bytes < scores
-
-
-def test_the_fused_norm_keeps_its_input_and_one_number_a_row():
-    class Normed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.norm = (
-                nn.Linear(128, 128, dtype=torch.bfloat16),
-                nn.RMSNorm(128, dtype=torch.bfloat16),
-            )
-
-        def forward(self, x):
-            return self.norm(self.first(x)).sum()
-
-    x = torch.randn(4096, 128).bfloat16()
-    fused, plain = (estimate_memory(Normed(), x, device=d, loss=lambda y: y) for d in ("cuda", "cpu"))
-    assert fused.modules["first"] == 4096 * 128 * 2
-    assert fused.modules["norm"] == 4096 * 4
-    assert plain.peak_bytes > fused.peak_bytes + 4096 * 128 * 2
-
-
-def test_the_optimizer_of_a_gpu_works_on_all_weights_at_once():
-    model, x = tower(64, 6), torch.randn(1, 64)
-    cpu, cuda = estimate_memory(model, x), estimate_memory(model, x, device="cuda")
-    assert cpu.peak_at == cuda.peak_at == "optimizer step"
-    assert cuda.temporary_bytes >= cuda.trained_bytes > cpu.temporary_bytes
 
 
 # --- size ----------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_a_list_of_methods_and_a_function_of_examples():
         [LoRA(rank=2)], "40KiB", batches=[3], lengths=[7], checkpointing=(None,), ranks=(),
     )  # fmt: skip
     assert [(row["method"], row["batch"], row["length"]) for row in plan.rows] == [("LoRA", 3, 7)]
-    assert any("not yet measured against a GPU" in note for note in plan.notes)
+    assert any("not yet measured on a GPU" in note for note in plan.notes)
 
 
 def test_wrong_arguments():

@@ -4,11 +4,9 @@ A row is (host, method) with one way: checkpointing, micro-batches, autocast, op
 on fake tensors; here they are trained in the way that does, and the tests at the end show what the reports say else.
 """
 
-import contextlib
 import functools
 import itertools
 import random
-import warnings
 
 import pytest
 import torch
@@ -67,15 +65,6 @@ def both(model, example, way):
     return estimate, measured(model, example, *way)
 
 
-@contextlib.contextmanager
-def no_onednn():
-    """oneDNN's LSTM has a workspace that its fake kernel does not know."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the TF32 of another device
-        with torch.backends.mkldnn.flags(enabled=False):
-            yield
-
-
 def checkpointing_has_no_blocks(pair, way):
     return way[0] is True and not repeated_blocks(Tree(pair.host.model()))
 
@@ -89,13 +78,11 @@ def check(pair: Pair, way):
     peftlib.attach(model, pair.case.method, targets=pair.host.places[pair.case.place], example=example)
     if pair.host.name == "encoder-padded":
         model.train()  # in eval it nests the batch
-    has_lstm = any(isinstance(m, torch.nn.RNNBase) for m in model.modules())
-    with no_onednn() if has_lstm else contextlib.nullcontext():
-        try:
-            estimate, real = both(model, example, way)
-        except TargetError:
-            assert checkpointing_has_no_blocks(pair, way)
-            pytest.skip("no blocks to compute twice")
+    try:
+        estimate, real = both(model, example, way)
+    except TargetError:
+        assert checkpointing_has_no_blocks(pair, way)
+        pytest.skip("no blocks to compute twice")
     assert estimate == real, str(estimate.compare(real, ("estimate", "measured")))
 
 
@@ -144,17 +131,6 @@ def test_a_model_that_asks_its_mask():
     assert table.footer["difference"] == estimate.peak_bytes - real.peak_bytes > 0
     assert any("only in measured: aten._local_scalar_dense" in note for note in table.notes)
     assert any("only in estimate" in note and "aten.arange" in note for note in table.notes)
-
-
-def test_a_workspace_that_fake_tensors_do_not_show():
-    pair = next(p for p in PAIRS if str(p) == "lstm-lora")
-    model, _ = pair.attached()
-    estimate, real = both(model, pair.host.example(), WAYS[0])
-    if "aten.mkldnn_rnn_layer.default" not in real.operations:
-        pytest.skip("built without oneDNN")
-    assert any("oneDNN's LSTM" in note for note in estimate.notes)
-    assert estimate.peak_bytes < real.peak_bytes
-    assert "both called the same operators" in estimate.compare(real).notes
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -15,12 +15,15 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from peftlib.copies import structural_copy
 from peftlib.errors import PeftlibError, ProbeError
-from peftlib.memory.fakes import Answers, Faked, GPUKernels, Value
+from peftlib.memory.fakes import Answers, Faked, Value
+from peftlib.memory.gpu_kernels import GPUKernels
 from peftlib.memory.live import LiveBytes
+from peftlib.memory.places import place
 from peftlib.memory.report import MemoryReport
 from peftlib.memory.step import checkpointed, default_loss, training_step
 from peftlib.probe import as_call
@@ -72,13 +75,13 @@ def estimate_memory(
             glob on module names. None leaves the model as it is.
         device: None or "cpu": bytes as the CPU holds them. "cuda": as CUDA's caching allocator would give them out, in
             blocks of 512 bytes, with torch's choice of kernels there: attention and RMS norm fused, foreach
-            optimizers. Not yet measured against a GPU.
+            optimizers, CUDA's autocast. Not yet measured on a GPU.
         autocast: forward and loss run under autocast to this type.
-        hint: what a fake tensor answers when the model asks for its value (``if mask.any():``): a number, a bool, or
-            a function of the tensor. None: asking raises.
+        hint: what a fake tensor answers when model, loss or optimizer ask for its value (``if mask.any():``): a number,
+            a bool, or a function of the tensor. None: asking raises.
 
     Raises:
-        PeftlibError: nothing in the model is trained, or an argument is none of these.
+        PeftlibError: nothing in the model is trained, a lazy module has no size, or an argument is none of these.
         TargetError: ``checkpointing`` matches nothing.
         ProbeError: the model or the loss cannot run on fake tensors.
 
@@ -101,8 +104,8 @@ def estimate_memory(
             "is to be trained"
         )
     on_cuda = target == "cuda"
-    notes = _unlike(copy)
-    answering = Answers(hint, on_cuda)
+    notes = _unlike(copy, on_cuda)
+    answering = Answers(copy, hint, on_cuda)
     kernels = GPUKernels() if on_cuda else contextlib.nullcontext()
     with checkpointed(copy, checkpointing):
         try:
@@ -119,15 +122,12 @@ def estimate_memory(
         except Exception as error:
             raise ProbeError(_why(copy, error)) from error
     report = live.report()
-    if "aten.mkldnn_rnn_layer.default" in report.operations:
-        notes.append(
-            "oneDNN's LSTM keeps a workspace that fake tensors do not show: the real step needs more"
-        )
-    if answering.answers:
-        notes.append(f"{_named(report.asked[0])} asked a tensor for its value and got the hint's: {hint!r}")
+    if answering.places:
+        where = ", ".join(answering.places)
+        notes.append(f"{where} asked a tensor for its value and got the hint's: {hint!r}")
     if on_cuda:
         notes.append(
-            "blocks of 512 bytes, fused attention and norms, foreach optimizer; not yet measured against a GPU"
+            "blocks of 512 bytes, fused attention and norms, foreach optimizer; not yet measured on a GPU"
         )
     return dataclasses.replace(report, device=target, notes=notes)
 
@@ -135,6 +135,12 @@ def estimate_memory(
 def _check(model: Any, accumulate: Any, device: Any, autocast: Any) -> str:
     if not isinstance(model, nn.Module):
         raise PeftlibError(f"estimate_memory needs an nn.Module; got {type(model).__name__}")
+    lazy = [name for name, weight in model.named_parameters() if is_lazy(weight)]
+    if lazy:
+        raise PeftlibError(
+            f"{lazy[0]!r} has no size yet: a lazy module learns its sizes in its first forward. Run the model once on "
+            "real tensors, or write the sizes down (nn.Linear for nn.LazyLinear)"
+        )
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise PeftlibError(
             f"accumulate={accumulate!r}: give the number of micro-batches in a step, 1 or more"
@@ -152,16 +158,21 @@ def _check(model: Any, accumulate: Any, device: Any, autocast: Any) -> str:
     return kind
 
 
-def _unlike(copy: nn.Module) -> list[str]:
+def _unlike(copy: nn.Module, on_cuda: bool) -> list[str]:
     """Turn off what fake tensors cannot follow, and say so."""
+    notes = []
     nesting = [m for m in copy.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
     for module in nesting:
         module.use_nested_tensor = False
     if any(not module.training for module in nesting):
-        return [
+        notes.append(
             "in eval, an nn.TransformerEncoder nests a padded batch; it is estimated as it would be in training"
-        ]
-    return []
+        )
+    if on_cuda and any(isinstance(module, nn.RNNBase) for module in copy.modules()):
+        notes.append(
+            "recurrent layers are a CPU's here: what cuDNN's keep instead is not known without a GPU"
+        )
+    return notes
 
 
 def _prefer_foreach(optimizer: torch.optim.Optimizer) -> None:
@@ -172,29 +183,21 @@ def _prefer_foreach(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _why(model: nn.Module, error: Exception) -> str:
-    names = {id(module): name for name, module in model.named_modules()}
-    where = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        where = names.get(id(frame.f_locals.get("self")), where)
-    place = "outside the model" if where is None else f"in {_named(where)}"
+    where = place((frame for frame, _ in traceback.walk_tb(error.__traceback__)), model)
     reason = str(error).strip().partition("\n")[0]
     if isinstance(error, DataDependentOutputException):
         return (
-            f"{place}, a step of {type(model).__name__} asks a tensor for its value ({reason}), which a fake tensor "
+            f"in {where}, a step of {type(model).__name__} asks a tensor for its value ({reason}), which a fake tensor "
             "does not have. Say what it would answer with hint= (True, a number, or a function of the tensor), or "
             "measure shrunken copies with measure_memory and continue them with peftlib.memory.extrapolate"
         )
     if isinstance(error, DynamicOutputShapeException):
         return (
-            f"{place}, a step of {type(model).__name__} makes a tensor whose shape depends on values ({reason}), which "
-            "fake tensors do not have. Write it with a fixed shape (a mask instead of an index list), or measure "
+            f"in {where}, a step of {type(model).__name__} makes a tensor whose shape depends on values ({reason}), "
+            "which fake tensors do not have. Write it with a fixed shape (a mask instead of an index list), or measure "
             "shrunken copies with measure_memory and continue them with peftlib.memory.extrapolate"
         )
     return (
-        f"a training step of {type(model).__name__} cannot run on fake tensors: {place}, {type(error).__name__}: "
+        f"a training step of {type(model).__name__} cannot run on fake tensors: in {where}, {type(error).__name__}: "
         f"{reason}. Check example= and loss=; where the model needs values, use measure_memory on a real step"
     )
-
-
-def _named(module: str) -> str:
-    return repr(module) if module else "the root"

@@ -1,16 +1,19 @@
-"""What stands in for real tensors, for the values in them, and for a GPU's kernels."""
+"""What stands in for real tensors, and for what fake ones do not know."""
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from peftlib.memory.onednn import LSTM, WORKSPACE, lstm_workspace
+from peftlib.memory.places import place
 
 Value = bool | int | float
 
@@ -44,21 +47,27 @@ NORMS = {
 """Norms that keep statistics, and where their weight stands."""
 
 
+ASKED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+"""Operators that give a value itself."""
+
+
 class Answers(TorchDispatchMode):
     """What fake tensors do not know, or know wrongly.
 
-    A value that the model asks for, as ``if mask.any():`` does, is answered by a hint. And statistics of a norm of a
+    A value that the step asks for, as ``if mask.any():`` does, is answered by a hint. Statistics of a norm of a
     half-precision input are float32 where its weight is, and always on a GPU; fake kernels (of torch 2.13) say half.
+    A CPU's LSTM keeps a workspace; fake ones have none.
 
     Args:
+        model: names the places that asked.
         hint: the answer, or a function of the tensor that gives it; None lets the question fail.
         on_cuda: whether the CPU's tensors stand in for a GPU's.
     """
 
-    def __init__(self, hint: Value | Callable[[Tensor], Value] | None, on_cuda: bool):
+    def __init__(self, model: nn.Module, hint: Value | Callable[[Tensor], Value] | None, on_cuda: bool):
         super().__init__()
-        self._hint, self._on_cuda = hint, on_cuda
-        self.answers = 0
+        self._model, self._hint, self._on_cuda = model, hint, on_cuda
+        self.places: dict[str, None] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -66,56 +75,18 @@ class Answers(TorchDispatchMode):
         try:
             output = func(*args, **(kwargs or {}))
         except DataDependentOutputException:
-            if self._hint is None or func is not torch.ops.aten._local_scalar_dense.default:
+            if self._hint is None or func not in ASKED:
                 raise
-            self.answers += 1
-            return self._hint(args[0]) if callable(self._hint) else self._hint
+            frames = reversed([frame for frame, _ in traceback.walk_stack(sys._getframe())])
+            self.places[place(frames, self._model)] = None
+            answer = self._hint(args[0]) if callable(self._hint) else self._hint
+            return bool(answer) if func is torch.ops.aten.equal.default else answer
         if func in NORMS and args[0].dtype in HALVES:
             weight = args[NORMS[func]]
             if self._on_cuda or (weight is not None and weight.dtype == torch.float32):
                 return (output[0], *(statistic.float() for statistic in output[1:]))
         if func is torch.ops.aten.native_group_norm_backward.default and args[1].dtype in HALVES:
             return (output[0].to(args[1].dtype), *output[1:])
+        if func is LSTM and not self._on_cuda:
+            return (*output[:WORKSPACE], torch.empty(lstm_workspace(args), dtype=torch.uint8))
         return output
-
-
-class GPUKernels(TorchFunctionMode):
-    """Takes a GPU's kernels where a CPU has others.
-
-    Attention with dropout is fused, and so is the RMS norm; dropout keeps a mask of one byte, not of the input's type.
-    A closed ``nn.MultiheadAttention`` calls its attention out of sight and is left as it is.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            kwargs = {name: value for name, value in kwargs.items() if name != "dropout_p"}
-        if func is F.dropout and self._drops(*args, **kwargs):
-            return torch.native_dropout(args[0] if args else kwargs["input"], 0.5, True)[0]
-        if func in (F.rms_norm, torch.rms_norm):
-            return self._rms_norm(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    @staticmethod
-    def _drops(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:  # noqa: A002
-        return training and not inplace and 0 < p < 1
-
-    @staticmethod
-    def _rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: Any = None) -> Any:
-        return _RMSNorm.apply(x, weight, len(normalized_shape))
-
-
-class _RMSNorm(torch.autograd.Function):
-    """The tensors of the fused kernel: it keeps its input and one float32 per row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, axes: int) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[: x.dim() - axes], dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), None if weight is None else torch.empty_like(weight), None

@@ -125,8 +125,8 @@ def training_step(
         for _ in range(accumulate):
             with cast():
                 output = model(*args, **kwargs)
-                result = loss(output)
-            _backward(result if accumulate == 1 else result / accumulate)
+                result = loss_of(loss, output)
+            backward(result if accumulate == 1 else result / accumulate)
         if optimizer is not None:
             optimizer.step()
         for parameter in trained:
@@ -135,7 +135,12 @@ def training_step(
     return step
 
 
-def _backward(result: Tensor) -> None:
+def loss_of(loss: Callable[[Any], Tensor], output: Any) -> Tensor:
+    """``loss(output)``; its frame tells that the loss is what runs."""
+    return loss(output)
+
+
+def backward(result: Tensor) -> None:
     """``result.backward()``, but a mode for torch's functions stays on in what the backward computes again."""
     if result.numel() != 1 or not result.requires_grad:
         raise PeftlibError(
