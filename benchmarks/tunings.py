@@ -1,4 +1,4 @@
-"""What the thousandth tuning costs, against the first; and rows of one batch through several.
+"""What the thousandth tuning costs, against the first.
 
     python -m benchmarks.tunings                # up to 1,000 LoRAs of rank 4 on 224 linears of width 64
     python -m benchmarks.tunings --peers        # HF peft beside it (needs the package peft)
@@ -7,7 +7,8 @@ Everything runs on one thread; times are processor time, medians of several roun
 operation with one tuning on the model. Milliseconds are of the machine that is named; only the ratios mean anything
 elsewhere.
 
-Left out on purpose: quality, and the size of the tunings, which does not depend on their number.
+Left out on purpose: quality, the size of the tunings, which does not depend on their number, and rows of one batch
+through several, which are cases of `benchmarks.run`.
 """
 
 from __future__ import annotations
@@ -26,32 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import peftlib
+from benchmarks.models import stack
 from peftlib.report import Table
 
 BLOCKS, WIDTH, RANK = 32, 64, 4
 """7 linears a block: 224 of them."""
 
 
-class Block(nn.Module):
-    """The seven linears of a decoder's block, without an attention: only the linears are of interest."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.q, self.k, self.v, self.o, self.gate, self.up, self.down = (
-            nn.Linear(width, width, bias=False) for _ in range(7)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.o(self.q(x) + self.k(x) + self.v(x))
-        return x + self.down(self.gate(x) * self.up(x))
-
-
 def make_model(blocks: int = BLOCKS, width: int = WIDTH) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(*(Block(width) for _ in range(blocks)))
+    return stack("seven", width, blocks)
 
 
 def width_of(model: nn.Module) -> int:
@@ -150,52 +137,7 @@ def theirs(counts: Sequence[int], folder: Path, rounds: int) -> Iterator[dict[st
         model.delete_adapter("other")
 
 
-def routed(counts: Sequence[int], rounds: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """A batch of 32 rows through several tunings, against the same batch through one, and through the base."""
-    model = make_model(blocks=2, width=768)
-    for i in range(max(counts)):
-        tuning = peftlib.attach(model, peftlib.LoRA(rank=8), name=f"t{i}")
-        for name, parameter in tuning.named_parameters():
-            if name.endswith(".b"):
-                nn.init.normal_(parameter)
-        tuning.disable()
-    x = torch.randn(32, tokens, width_of(model))
-    spent: dict[Any, list[float]] = {"base": [], "one": [], **{count: [] for count in counts}}
-
-    def timed(key: Any) -> None:
-        started = time.process_time()
-        model(x)
-        spent[key].append(time.process_time() - started)
-
-    contexts = {
-        count: peftlib.route(model, [f"t{i % count}" for i in range(32)], example=x) for count in counts
-    }
-    with torch.no_grad():
-        for turn in range(rounds + 1):
-            with peftlib.use(model):
-                timed("base")
-            with peftlib.use(model, "t0"):
-                timed("one")
-            for count, context in contexts.items():
-                with context:
-                    model(x)  # puts the factors in the order of the rows
-                    timed(count)
-            if turn == 0:
-                for values in spent.values():
-                    values.clear()
-    base, one = (statistics.median(spent[key]) for key in ("base", "one"))
-    for count in counts:
-        middle = statistics.median(spent[count])
-        yield {
-            "tokens": tokens,
-            "tunings": count,
-            "to base": middle / base,
-            "to one": middle / one,
-            "one": one / base,
-        }
-
-
-def tables(rows: list[dict[str, Any]], batches: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> Table:
     operations = ("load", "switch", "disabled", "route", "save", "forward")
     first = {row["library"]: row for row in reversed(rows)}
     shown = [
@@ -206,12 +148,11 @@ def tables(rows: list[dict[str, Any]], batches: list[dict[str, Any]]) -> str:
         }
         for row in rows
     ]
-    ratios = [{k: v if isinstance(v, int) else f"{v:.2f}" for k, v in row.items()} for row in batches]
-    note = (
+    title = (
         f"224 linears, LoRA rank {RANK}; milliseconds of one thread, and the ratio to one tuning. Reading the file "
-        f"takes {rows[0]['read']:.2f} ms."
+        f"takes {rows[0]['read']:.2f} ms.\n"
     )
-    return f"{note}\n\n{Table(rows=shown)}\n\n32 rows routed, time of a forward as a ratio\n\n{Table(rows=ratios)}"
+    return Table(rows=shown, title=title)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,8 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = list(ours(counts, Path(folder), args.rounds))
         if args.peers:
             rows += theirs([n for n in counts if n <= 50], Path(folder), args.rounds)
-    batches = [row for tokens in (1, 64) for row in routed((1, 8, 32), args.rounds, tokens)]
-    shown = tables(rows, batches)
+    shown = str(table(rows))
     print(shown)
     args.out.mkdir(parents=True, exist_ok=True)
     about = {
@@ -237,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": platform.machine(),
     }
     (args.out / "tunings.txt").write_text(shown + "\n", encoding="utf-8")
-    results = {**about, "rows": rows, "batches": batches}
+    results = {**about, "rows": rows}
     (args.out / "tunings.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
