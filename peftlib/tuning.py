@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftlib.errors import PeftlibError, StateError
 from peftlib.freezing import restore_flags
 from peftlib.merging import MERGED, Kept, check_unchanged, merge, put_back
-from peftlib.methods.base import Method
+from peftlib.methods.base import Delta, Method
 from peftlib.part import Part, check_state
 from peftlib.registry import AXES, ENABLED, enabled
 from peftlib.site import TUNINGS, check_closable, check_no_route, close_host, deltas, set_active
@@ -224,7 +224,8 @@ class Tuning:
     def _act(self, on: bool) -> None:
         """Put the deltas into their hosts' chains, or take them out."""
         for part in self.parts:
-            if not part.delta.passive:
+            # What has no forward of its own has nothing to run.
+            if part.parameter is not None or type(part.delta).forward is not Delta.forward:
                 set_active(part.host, part.delta, part.parameter, on)
 
     @contextlib.contextmanager
@@ -332,6 +333,7 @@ class Tuning:
 
     def _remove(self, part: Part) -> None:
         part.delta.close()
+        set_active(part.host, part.delta, part.parameter, False)
         del deltas(part.host)._modules[part.key]
         close_host(part.host, shadow=part.parameter)
         for host in part.opened:

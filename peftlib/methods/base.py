@@ -65,7 +65,7 @@ class Delta(nn.Module):
     everywhere: ClassVar[bool] = False
     """True where all rows of a batch must have such a delta if one has."""
     passive: ClassVar[bool] = False
-    """True where there is nothing to run: the delta only holds tensors (shared parts, kept base values)."""
+    """True where the delta holds tensors (shared parts, kept values) and changes nothing that its host computes."""
 
     label: str = ""
     """Set by ``attach``: what tells this delta from others of the same tuning at the same host."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from peftlib.errors import PeftlibError, ProbeError, TargetError
 from peftlib.methods.base import Delta, Method, Site, check_positive_int, check_probability, placement
 from peftlib.methods.rows import FrozenCache
 from peftlib.methods.rowwise import Rows
+from peftlib.methods.shared_prefix import Shared, SharedPrefix
 
 if TYPE_CHECKING:
     from peftlib.probe import Probe
@@ -27,33 +28,6 @@ if TYPE_CHECKING:
 
 STD = 0.02
 """Spread of directly trained keys and values at the start: small against real ones."""
-
-
-class SharedPrefix(nn.Module):
-    """``h_PM = tanh(W1 table_PD + b1)``, which every site's own last layer turns into its keys and values."""
-
-    def __init__(self, length: int, width: int, hidden: int, **where: Any):
-        super().__init__()
-        self.table = nn.Parameter(torch.empty(length, width, **where))
-        self.down = nn.Linear(width, hidden, **where)
-        if self.table.device.type != "meta":
-            nn.init.normal_(self.table)
-
-    def forward(self) -> Tensor:
-        return torch.tanh(self.down(self.table))
-
-
-class Shared(Delta):
-    """Holds what all sites of a tuning share, at the root; nothing runs here."""
-
-    passive: ClassVar[bool] = True
-
-    def __init__(self, module: SharedPrefix):
-        super().__init__()
-        self.mlp = module
-
-    def alike(self) -> Hashable:
-        return type(self).__name__
 
 
 class Prefix(Delta):
@@ -113,7 +87,7 @@ class Prefix(Delta):
         return key.unflatten(-1, (heads, key_size)), value.unflatten(-1, (heads, value_size))
 
     def _compute(self) -> tuple[Tensor, Tensor]:
-        key, value = self.split(self.project(self._shared[0]()))
+        key, value = self.split(self.project(self._shared[0].hidden()))
         if "start_key" in self._buffers:
             key, value = key + self.start_key, value + self.start_value
         return key, value

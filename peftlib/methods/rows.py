@@ -32,7 +32,7 @@ class FrozenCache:
             self.clear()
             return compute()
         key = (
-            _autocast(parameters[0].device.type),
+            autocast_of(parameters[0].device.type),
             *((p._version, p.data_ptr(), p.dtype) for p in parameters),
         )
         if key != self._key:
@@ -51,7 +51,7 @@ class FrozenCache:
         self.clear()
 
 
-def _autocast(device: str) -> torch.dtype | None:
+def autocast_of(device: str) -> torch.dtype | None:
     """The dtype that autocast computes in, if it is on."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
