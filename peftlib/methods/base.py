@@ -117,7 +117,8 @@ class Delta(nn.Module):
         """Weight updates equal to this delta, as (owner, parameter, rows, old -> new); raises where none is.
 
         Each maps the weight, or those rows of it, to a new tensor, in any dtype at least as wide; it is rounded once,
-        after the last. Modules that share a weight have to give equal updates.
+        after the last. Modules that share a weight have to give equal updates. Of a weight in float32 or wider the new
+        one can be differentiated by what is trained: penalties on the update are made of it.
         """
         raise PeftlibError(
             f"{type(self).__name__} cannot be merged: it is no change of a weight. Keep the tuning attached."

@@ -65,7 +65,7 @@ class Magnitude(nn.Module):
         rows = 1 if is_transposed(self._host[0]) else 0
         shape = [-1 if d == rows else 1 for d in range(new.dim())]
         norm = read.flatten(1).norm(dim=1) if rows == 0 else read.norm(dim=0)
-        return new * (self.m.detach().to(new.dtype) / torch.where(norm > 0, norm, 1)).view(shape)
+        return new * (self.m.to(new.dtype) / torch.where(norm > 0, norm, 1)).view(shape)
 
     def _squares(self, a: Tensor, b: Tensor, s: float) -> Tensor:
         a_GRF = a.unflatten(0, (self.groups, -1)).flatten(2)

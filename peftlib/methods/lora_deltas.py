@@ -248,5 +248,5 @@ def zeros_along(like: Tensor, size: int, axis: int) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The values in float32 or wider, without gradients."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    """The values in float32 or wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

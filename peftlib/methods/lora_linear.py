@@ -145,7 +145,7 @@ class LinearLoRA(LowRank):
         if self.rows or self.magnitude is not None:
             return super().update_weight(old)
         wide = torch.promote_types(old.dtype, torch.float32)
-        a, b = self.a.detach().to(wide), self.b.detach().to(wide)
+        a, b = self.a.to(wide), self.b.to(wide)
         left, right = (a.T, b.T) if is_transposed(self._host[0]) else (b, a)
         if old.dtype == wide:
             return torch.addmm(old, left, right, alpha=self.scaling)

@@ -61,7 +61,7 @@ class Rows(Delta):
         return [(self._host[0], "weight", None, self.update_weight)]
 
     def update_weight(self, old: Tensor) -> Tensor:
-        return old.index_copy(0, self.ids, self.rows.detach().to(old.dtype))
+        return old.index_copy(0, self.ids, self.rows.to(old.dtype))
 
 
 class TiedLogits(Delta):

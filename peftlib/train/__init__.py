@@ -1,8 +1,10 @@
 """Training any module: a loop that resumes bit for bit, losses, data; plain functions to read and to change."""
 
-from peftlib.train.batches import Batches
+from peftlib.train.batches import Batches, Sampler
 from peftlib.train.data import Example, Preference, Template, read_jsonl
 from peftlib.train.evaluation import EarlyStopping
+from peftlib.train.fisher import Fisher, fisher
+from peftlib.train.groups import groups
 from peftlib.train.history import History
 from peftlib.train.logs import JsonlLog
 from peftlib.train.loop import fit
@@ -15,20 +17,29 @@ from peftlib.train.losses import (
     regression,
 )
 from peftlib.train.masking import mask_tokens
+from peftlib.train.mining import Mining
 from peftlib.train.packing import Encoded, document_mask, encode, pack, pad, padder
+from peftlib.train.regularizers import ewc, l2_sp, with_penalty
+from peftlib.train.sampling import Balanced, Replay
 from peftlib.train.schedules import constant, cosine, linear
 from peftlib.train.step import NonFiniteError, train_step
 from peftlib.train.tokens import Tokenizer, as_tokenizer, byte_tokenizer
+from peftlib.train.weighting import inverse_frequency, with_weights
 
 __all__ = [
+    "Balanced",
     "Batches",
     "EarlyStopping",
     "Encoded",
     "Example",
+    "Fisher",
     "History",
     "JsonlLog",
+    "Mining",
     "NonFiniteError",
     "Preference",
+    "Replay",
+    "Sampler",
     "Template",
     "Tokenizer",
     "as_tokenizer",
@@ -41,7 +52,12 @@ __all__ = [
     "cross_entropy",
     "document_mask",
     "encode",
+    "ewc",
+    "fisher",
     "fit",
+    "groups",
+    "inverse_frequency",
+    "l2_sp",
     "linear",
     "mask_tokens",
     "masked_lm",
@@ -51,4 +67,6 @@ __all__ = [
     "read_jsonl",
     "regression",
     "train_step",
+    "with_penalty",
+    "with_weights",
 ]

@@ -18,7 +18,19 @@ from torch.utils.data import DataLoader
 
 import peftlib
 from peftlib import FullFineTuning, LoRA, PeftlibError
-from peftlib.train import Batches, EarlyStopping, cosine, fit
+from peftlib.train import (
+    Balanced,
+    Batches,
+    EarlyStopping,
+    Mining,
+    Replay,
+    cosine,
+    fit,
+    groups,
+    l2_sp,
+    with_penalty,
+    with_weights,
+)
 
 STEPS = 9
 
@@ -26,7 +38,15 @@ STEPS = 9
 def loss(model, batch):
     # a model with dropout, and a loss that draws from every generator there is
     x = batch["x"] + 0.01 * random.gauss(0, 1) + 0.01 * np.random.standard_normal() + 0.01 * torch.randn(())
-    return (model(x) - batch["y"]).square().sum(), batch["y"].numel()
+    squares = (model(x) - batch["y"]).square()
+    # one per sample where samples are told apart
+    if "index" in batch:
+        return squares.sum(1), torch.full((len(squares),), 3)
+    return squares.sum(), squares.numel()
+
+
+def noisy(example, generator):
+    return {**example, "x": example["x"] + 0.1 * torch.randn(6, generator=generator)}
 
 
 def examples():
@@ -43,7 +63,16 @@ def stacked(rows):
 def some_batches(kind):
     if kind == "Batches":
         return Batches(examples(), 2, stacked, seed=4)
+    if kind in SAMPLERS:
+        return Batches(examples(), 2, stacked, sampler=SAMPLERS[kind](), augment=noisy, seed=4, index=True)
     return DataLoader(examples(), batch_size=2, shuffle=True)  # draws its order from torch's global generator
+
+
+SAMPLERS = {
+    "Mining": lambda: Mining(7, cap=2, seed=4),
+    "Replay": lambda: Replay(4, 3, 0.4, seed=4),
+    "Balanced": lambda: Balanced([1, 2, 3, 1, 2, 3, 1], seed=4),
+}
 
 
 def train(folder, kind="Batches", method="lora", steps=STEPS, **options):
@@ -51,6 +80,14 @@ def train(folder, kind="Batches", method="lora", steps=STEPS, **options):
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3))
     tuning = peftlib.attach(model, LoRA(rank=2, dropout=0.2) if method == "lora" else FullFineTuning())
     optimizer = torch.optim.AdamW(tuning.parameters(), lr=0.05)
+    objective = loss
+    batches = some_batches(kind)
+    if kind in SAMPLERS:
+        ratio = 4.0 if method == "lora" else None
+        optimizer = torch.optim.AdamW(groups(tuning, lr=0.02, lora_plus=ratio, layer_decay=0.5))
+        if kind == "Mining":
+            objective = batches.sampler.watch(objective)
+        objective = with_penalty(with_weights(objective, torch.arange(1, 8)), l2_sp(tuning, 0.1))
     options = {
         "accumulate": 2,
         "checkpoint_every": 3,  # within an epoch of two steps, and at its end
@@ -60,11 +97,10 @@ def train(folder, kind="Batches", method="lora", steps=STEPS, **options):
         **options,
     }
     schedule = partial(cosine, warmup=2)
-    batches = some_batches(kind)
     history = fit(
         model,
         batches,
-        loss,
+        objective,
         optimizer=optimizer,
         steps=steps,
         scheduler=schedule,
@@ -96,7 +132,7 @@ def stopping(at, row):
         raise Stop
 
 
-@pytest.mark.parametrize("kind", ["Batches", "DataLoader"])
+@pytest.mark.parametrize("kind", ["Batches", "DataLoader", *SAMPLERS])
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("at", range(STEPS))
 def test_interrupted_after_any_step(tmp_path, kind, method, at):
@@ -125,7 +161,7 @@ import torch
 from tests.train import test_train_resume as t
 
 folder, choice = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
-whole = t.train(folder / "whole")
+whole = t.train(folder / "whole", "Mining")
 WATCHED = {"open", "os.rename", "os.remove", "tempfile.mkstemp"}
 deaths = 0
 
@@ -143,7 +179,7 @@ def attempt(limit, place="parts"):
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(count)
-    t.train(folder / place)
+    t.train(folder / place, "Mining")
     os._exit(0)
 
 MOST = 40
@@ -151,7 +187,7 @@ assert not attempt(MOST, "none can do it at one go")
 while not attempt(choice.randrange(10, MOST)):
     deaths += 1
     assert deaths < 100
-t.same(t.train(folder / "parts"), whole)
+t.same(t.train(folder / "parts", "Mining"), whole)
 assert t.log(folder / "parts") == t.log(folder / "whole")
 assert sorted(p.name for p in (folder / "parts").glob("tuning-*")) == [f"tuning-{t.STEPS}.safetensors"]
 print(deaths)
@@ -183,6 +219,26 @@ def test_an_early_stop_is_remembered_with_its_best_values(tmp_path):
     whole = train(tmp_path, steps=50, **options)
     assert len(whole[1].rows) < 50
     same(train(tmp_path, steps=50, **options), whole)
+
+
+def test_another_sampler_is_not_gone_on_with(tmp_path):
+    train(tmp_path, "Mining", steps=2)
+    for kind in ("Batches", "Replay"):
+        with pytest.raises(PeftlibError, match="saved with a sampler that keeps"):
+            train(tmp_path, kind, steps=4)
+
+
+def test_mining_without_its_state_would_be_seen(tmp_path):
+    whole = train(tmp_path / "whole", "Mining")
+    with pytest.raises(Stop):
+        train(tmp_path / "parts", "Mining", callbacks=[partial(stopping, 7)])
+    before = Mining.load_state_dict
+    Mining.load_state_dict = lambda self, state: None
+    try:
+        found = train(tmp_path / "parts", "Mining")
+    finally:
+        Mining.load_state_dict = before
+    assert found[1] != whole[1]
 
 
 def test_another_training_is_not_written_over(tmp_path):
