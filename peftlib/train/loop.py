@@ -132,9 +132,8 @@ def fit(
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     ranks = ranks_of(parallel, device, seed)
     ranks.check(batches, accumulate)
-    place = Place(
-        folder, trained, optimizer, scaler, {"seed": seed, "accumulate": accumulate}, batches, ranks
-    )
+    settings = {"seed": seed, "accumulate": accumulate}
+    place = Place(folder, {"tuning": (trained, optimizer)}, settings, batches, ranks, scaler)
     ranks.engage(parallel, model, optimizer)
     stepped = ranks.wrapped(parallel, model, loss)
     for group in optimizer.param_groups:
@@ -143,11 +142,11 @@ def fit(
 
     with seeded(seed), mode(model, True), checkpointed(model, checkpoint_activations):
         state = place.open(resume)
-        windows = _windows(batches, state, accumulate, ranks)
+        source = windows(batches, state, accumulate, ranks)
         with progress_bar(total, state.step, progress if ranks.first else False) as show:
             while state.step < total and not state.stopped:
                 began = time.perf_counter()
-                window = next(windows)
+                window = next(source)
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * scheduler(state.step, total)
                 rate = optimizer.param_groups[0]["lr"]
@@ -185,7 +184,7 @@ def fit(
     return state.history
 
 
-def _windows(batches: Iterable[Any], state: State, accumulate: int, ranks: Ranks) -> Iterator[list[Any]]:
+def windows(batches: Iterable[Any], state: State, accumulate: int, ranks: Ranks) -> Iterator[list[Any]]:
     """Lists of batches, epoch after epoch, from the state's place on, which it moves."""
     while True:
         now = capture()

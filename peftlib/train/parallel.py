@@ -102,6 +102,20 @@ class Ranks:
         """Whether a model or a tuning has shards."""
         return any(is_sharded(p) for p in trained.parameters())
 
+    def add_up(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients, added up over all processes in place."""
+        if self.world > 1:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+
+    def mean(self, row: Mapping[str, float]) -> dict[str, float]:
+        """Each number of a row, as the mean over all processes."""
+        return {
+            name: number / self.world for name, number in zip(row, self.total(*row.values()), strict=True)
+        }
+
     def wait(self) -> None:
         """Until all are here."""
         if self.world > 1:

@@ -1,11 +1,12 @@
-"""A training in a folder: the tuning and its optimizer in one file, the rest in another, which is the one that counts.
+"""A training in a folder: each tuning with its optimizer in a file, the rest in another, which is the one that counts.
 
-``state.safetensors`` says which step it is of, and so which tuning's file belongs to it. It is written last and
+``state.safetensors`` says which step it is of, and so which tunings' files belong to it. It is written last and
 replaced at once, so a training that is killed at any moment leaves a whole checkpoint, the last one or the one before.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,30 +30,39 @@ _APART = ("epoch_rng", "best_values", "history")
 
 
 class Place:
-    """Where a training is kept, or nowhere (``folder=None``)."""
+    """Where a training is kept, or nowhere (``folder=None``).
+
+    Args:
+        folder: of its own.
+        trained: what is trained and its optimizer, by the name of its file.
+        settings: what has to be the same when it goes on.
+        batches: whose samplers may have a state.
+        ranks: of which the first writes.
+        scaler: of the losses, if they are scaled.
+    """
 
     def __init__(
         self,
         folder: Path | None,
-        trained: Tuning | nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
+        trained: Mapping[str, tuple[Tuning | nn.Module, torch.optim.Optimizer]],
         settings: Mapping[str, Any],
         batches: Any,
         ranks: Ranks,
+        scaler: torch.amp.GradScaler | None = None,
     ):
-        if folder is not None and not isinstance(trained, Tuning):
+        tunings = {name: (one, o) for name, (one, o) in trained.items() if isinstance(one, Tuning)}
+        if folder is not None and len(tunings) < len(trained):
             raise PeftlibError(
                 "checkpoint_dir= keeps a tuning, and the optimizer trains parameters outside of one. Attach one "
                 "(FullFineTuning() trains all), and make the optimizer of its parameters."
             )
-        self.folder, self.trained, self.optimizer = folder, trained, optimizer
+        self.folder, self.trained = folder, tunings
         self.scaler, self.settings, self.ranks = scaler, dict(settings), ranks
         self.batches = batches if isinstance(batches, Batches) else None
         self.log = JsonlLog(folder / LOG) if folder is not None and ranks.first else lambda row: None
 
     def open(self, resume: bool) -> State:
-        """A state to begin with, or the saved one, put into tuning, optimizer and generators."""
+        """A state to begin with, or the saved one, put into tunings, optimizers and generators."""
         if self.folder is None:
             if resume:
                 raise PeftlibError("resume=True needs the checkpoint_dir= to go on from.")
@@ -71,19 +81,19 @@ class Place:
         return state
 
     def save(self, state: State) -> None:
-        """Both files; afterwards the tuning of the checkpoint before is gone."""
+        """All files; afterwards the tunings of the checkpoint before are gone."""
         assert self.folder is not None
-        assert isinstance(self.trained, Tuning)
-        current = self._tuning(state.step)
-        if self.ranks.first or self.ranks.sharded(self.trained):
-            self.trained.save(current, optimizer=self.optimizer)
+        current = {name: self._tuning(name, state.step) for name in self.trained}
+        for name, (tuning, optimizer) in self.trained.items():
+            if self.ranks.first or self.ranks.sharded(tuning):
+                tuning.save(current[name], optimizer=optimizer)
         plain = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in _APART}
         about = {
             "state": plain,
             "rows": state.history.rows,
             "seconds": state.history.seconds,
             "settings": self.settings,
-            "scaler": self.scaler.state_dict(),
+            "scaler": {} if self.scaler is None else self.scaler.state_dict(),
         }
         groups = {"rng": capture(), "epoch_rng": state.epoch_rng, "best_values": state.best_values}
         if self.batches is not None:
@@ -91,14 +101,14 @@ class Place:
         tensors = {f"{group}/{k}": whole(t) for group, held in groups.items() for k, t in held.items()}
         if self.ranks.first:
             write(self.folder / STATE, tensors, about)
-            for old in self.folder.glob("tuning-*.safetensors"):
-                if old != current:
-                    old.unlink()
+            for name, new in current.items():
+                for old in self.folder.glob(f"{name}-*.safetensors"):
+                    if old != new:
+                        old.unlink()
         self.ranks.wait()
 
     def _load(self, state: State) -> State:
         assert self.folder is not None
-        assert isinstance(self.trained, Tuning)
         with reading(self.folder / STATE) as file:
             about, tensors = file.about, file.tensors()
         for name, value in self.settings.items():
@@ -111,25 +121,32 @@ class Place:
             setattr(state, name, value)
         if self.batches is not None:
             self.batches.load_state_dict(_group(tensors, "batches"))
-        path = self._tuning(state.step)
-        with reading(path) as file:
-            values = file.tensors(name for name in file.entries if not name.startswith("optimizer/"))
-        before = {name: value.clone() for name, value in self.trained.state_dict().items()}
-        self.trained.load_state_dict(values)
+        before = {
+            name: copy.deepcopy((t.state_dict(), o.state_dict())) for name, (t, o) in self.trained.items()
+        }
         try:
-            self.trained.load_optimizer(self.optimizer, path)
+            for name, (tuning, optimizer) in self.trained.items():
+                path = self._tuning(name, state.step)
+                with reading(path) as file:
+                    values = file.tensors(key for key in file.entries if not key.startswith("optimizer/"))
+                tuning.load_state_dict(values)
+                tuning.load_optimizer(optimizer, path)
         except PeftlibError:
-            self.trained.load_state_dict(before)
+            for name, (tuning, optimizer) in self.trained.items():
+                values, progress = before[name]
+                tuning.load_state_dict(values)
+                optimizer.load_state_dict(progress)
             raise
-        self.scaler.load_state_dict(about["scaler"]) if self.scaler.is_enabled() else None
+        if self.scaler is not None and self.scaler.is_enabled():
+            self.scaler.load_state_dict(about["scaler"])
         state.history = History(rows=about["rows"], seconds=about["seconds"])
         state.epoch_rng, state.best_values = _group(tensors, "epoch_rng"), _group(tensors, "best_values")
         restore(_group(tensors, "rng"))
         return state
 
-    def _tuning(self, step: int) -> Path:
+    def _tuning(self, name: str, step: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"tuning-{step}.safetensors"
+        return self.folder / f"{name}-{step}.safetensors"
 
 
 def _group(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -1,0 +1,138 @@
+"""DPO and KTO as losses of :func:`peftlib.train.fit`: a policy and its reference on one base.
+
+The reference is the base with its tunings disabled, so nothing is held twice. To go on from a tuning, load its file a
+second time under another name: ``load(model, path, name="sft", trainable=False)`` and ``reference=("sft",)``.
+
+Letters: B pairs or rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlib import PeftlibError
+from peftlib.train.losses import causal_lm
+from peftlib.train.outputs import get
+from peftlib.train.preference import dpo_loss, kto_loss
+from peftlib.train.reference import Reference, as_reference
+
+
+def sequence_logps(
+    model: nn.Module, batch: Mapping[str, Any], *, mean: bool = False, head: str | None = None
+) -> Tensor:
+    """``sum_t log p(label_t | before)`` of each row, (B,), in float32 or wider.
+
+    Args:
+        model: causal.
+        batch: ``inputs``, ``labels`` (B, T), -100 where nothing is summed.
+        mean: divide by the number of labels.
+        head: dotted name of the module that makes the logits, to make them in chunks, see
+            :func:`peftlib.train.causal_lm`.
+
+    Raises:
+        PeftlibError: a row without a label, which would be a completion of no token.
+
+    Example:
+        >>> ids = torch.tensor([[0, 1, 2], [2, 1, 0]])
+        >>> batch = {"inputs": ids, "labels": ids}
+        >>> torch.nn.init.zeros_((model := nn.Embedding(3, 3)).weight).shape
+        torch.Size([3, 3])
+        >>> sequence_logps(model, batch)  # 2 ln(1/3)
+        tensor([-2.1972, -2.1972], grad_fn=<NegBackward0>)
+    """
+    total_B, count_B = causal_lm(model, batch, head=head, each=True)
+    if (count_B == 0).any():
+        raise PeftlibError(
+            f"Row {int((count_B == 0).nonzero()[0])} has no completion: all its labels but the first are -100. Leave "
+            "empty completions out."
+        )
+    return -total_B / count_B if mean else -total_B
+
+
+def dpo(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    reference: Reference = (),
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    kind: str = "sigmoid",
+    head: str | None = None,
+) -> tuple[Tensor, int]:
+    """:func:`peftlib.train.dpo_loss` of the model as it is against its reference; ln 2 before the first step.
+
+    For :func:`peftlib.train.fit`, with ``functools.partial(dpo, beta=0.05)``.
+
+    Args:
+        model: the policy, its tuning enabled.
+        batch: from :func:`peftlib.train.pad_pairs`; ``reference_logps`` (2 B,) in it saves the reference's forward.
+        reference: names of the tunings that make it; none is the base. Or a module.
+        beta: how dear it is to leave the reference.
+        label_smoothing: share of labels that are wrong, of ``"sigmoid"``.
+        kind: ``"sigmoid"``, ``"hinge"``, or ``"ipo"``, which takes means over tokens.
+        head: see :func:`sequence_logps`.
+
+    Returns:
+        The sum over pairs, and their number.
+
+    Raises:
+        PeftlibError: the policy is its own reference, an odd number of rows, an empty completion.
+    """
+    if len(get(batch, "labels")) % 2:
+        raise PeftlibError("dpo takes pairs: the chosen rows and then as many rejected ones; see pad_pairs.")
+    mean = kind == "ipo"
+    there = _reference_logps(model, batch, reference, mean, head)
+    chosen, rejected = sequence_logps(model, batch, mean=mean, head=head).chunk(2)
+    there_chosen, there_rejected = there.chunk(2)
+    loss = dpo_loss(chosen, rejected, there_chosen, there_rejected, beta, label_smoothing, kind)
+    return loss * len(chosen), len(chosen)
+
+
+def kto(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    reference: Reference = (),
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    head: str | None = None,
+) -> tuple[Tensor, int]:
+    """:func:`peftlib.train.kto_loss` of the model as it is against its reference; a half before the first step.
+
+    Args:
+        model: the policy, its tuning enabled.
+        batch: from :func:`peftlib.train.pad_judged`; its mismatched completions give the KL.
+        reference: names of the tunings that make it; none is the base. Or a module.
+        beta: how soon gains and losses saturate.
+        desirable_weight: of good answers.
+        undesirable_weight: of bad ones.
+        head: see :func:`sequence_logps`.
+
+    Returns:
+        The sum over rows, and their number.
+
+    Raises:
+        PeftlibError: as :func:`dpo`.
+    """
+    desirable, mismatched = get(batch, "desirable"), get(batch, "mismatched")
+    there = _reference_logps(model, batch, reference, False, head)
+    with torch.no_grad():
+        gap = sequence_logps(model, mismatched, head=head)
+    gap = gap - _reference_logps(model, mismatched, reference, False, head)
+    here = sequence_logps(model, batch, head=head)
+    loss = kto_loss(here, there, desirable, gap, beta, desirable_weight, undesirable_weight)
+    return loss * len(here), len(here)
+
+
+def _reference_logps(
+    model: nn.Module, batch: Mapping[str, Any], reference: Reference, mean: bool, head: str | None
+) -> Tensor:
+    if (known := batch.get("reference_logps")) is not None:
+        return known
+    with as_reference(model, reference) as other:
+        return sequence_logps(other, batch, mean=mean, head=head)

@@ -1,0 +1,265 @@
+"""Completions of prompts by any module that maps ids to logits, with the log-probabilities of what was drawn.
+
+A model that keeps keys and values (``past_key_values``, as in transformers) runs once per token, on prompts padded on
+the left with a mask and positions that start at each prompt's first token. Any other causal model is run again on all
+that is there, padded on the right, where a causal model cannot see it: no mask or position has to be named.
+
+Left out on purpose: beams, and serving many at speed.
+
+Letters: B prompts, P longest prompt, T new tokens, L = longest prompt with its completion, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlib import PeftlibError
+from peftlib.train.evaluation import mode
+from peftlib.train.outputs import first_tensor
+
+NextLogits = Callable[[Tensor | None], Tensor]
+"""The ids chosen last, (B,), or None at the start -> logits of the next, (B, V)."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What :func:`generate` gives.
+
+    Attributes:
+        ids: (B, L), each prompt, its completion and then padding.
+        prompt_lengths: (B,).
+        completions: (B, T) ids, padded after the stop id.
+        mask: (B, T) booleans, true up to and with the stop id.
+        logps: (B, T), log-probability of each id at the temperature it was drawn at, before top-k and top-p; 0 outside.
+        stopped: (B,), whether a stop id came.
+        cached: whether keys and values were kept; else the model ran over everything for each token.
+    """
+
+    ids: Tensor
+    prompt_lengths: Tensor
+    completions: Tensor
+    mask: Tensor
+    logps: Tensor
+    stopped: Tensor
+    cached: bool
+
+    def lists(self) -> list[list[int]]:
+        """The completions as lists of ids, without padding."""
+        pairs = zip(self.completions, self.mask, strict=True)
+        return [ids[inside].tolist() for ids, inside in pairs]
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Collection[int] = (),
+    pad_id: int = 0,
+    context: int | None = None,
+    cache: bool | None = None,
+    generator: torch.Generator | None = None,
+) -> Generated:
+    """Draw a completion of each prompt: ``id ~ softmax(logits / temperature)``, in eval mode.
+
+    Args:
+        model: causal, ids (B, T) -> logits (B, T, V) or something with ``.logits``.
+        prompts: rows of ids, of any lengths from 1.
+        max_new_tokens: at most, per prompt.
+        temperature: 0 takes the likeliest id, whose log-probability is then that at temperature 1.
+        top_k: draw among the k likeliest.
+        top_p: draw among the likeliest that together have this probability, the last of them included.
+        stop_ids: a completion ends with the first of these, which belongs to it.
+        pad_id: fills rows; the model never sees it where it matters.
+        context: most positions the model has; by default what its ``config`` says, if it has one.
+        cache: True insists on keys and values being kept, False re-runs; None keeps them where the model offers it.
+        generator: to draw from, instead of torch's own.
+
+    Raises:
+        PeftlibError: no prompts or an empty one, one that is too long for the context, settings out of their range,
+            logits that are not (B, T, V) or not finite.
+
+    Example:
+        >>> def cyclic(ids):
+        ...     return 9.0 * nn.functional.one_hot((ids + 1) % 5, 5)
+        >>> class Model(nn.Module):
+        ...     forward = staticmethod(cyclic)
+        >>> generate(Model(), [[1], [2, 3]], max_new_tokens=4, temperature=0, stop_ids=[0]).lists()
+        [[2, 3, 4, 0], [4, 0]]
+    """
+    _check(prompts, max_new_tokens, temperature, top_k, top_p)
+    _check_context(model, prompts, max_new_tokens, context)
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    rows = [torch.tensor(list(prompt), device=device) for prompt in prompts]
+    lengths_B = torch.tensor([len(row) for row in rows], device=device)
+    stops = torch.tensor(sorted(stop_ids), device=device, dtype=torch.long)
+    offered = {"past_key_values", "use_cache"} <= set(inspect.signature(model.forward).parameters)
+    if cache and not offered:
+        raise PeftlibError(
+            f"cache=True: {type(model).__name__}.forward takes no past_key_values and use_cache. Leave cache= out; the "
+            "model is then run again for each token."
+        )
+    cached = offered if cache is None else cache
+    chosen, logps, alive = [], [], [torch.ones_like(lengths_B, dtype=torch.bool)]
+    with mode(model, False):
+        next_logits = (_with_cache if cached else _again)(model, rows, pad_id)
+        last = None
+        for _ in range(max_new_tokens):
+            logits_BV = next_logits(last)
+            ids_B, logps_B = _choose(logits_BV, temperature, top_k, top_p, generator)
+            last = torch.where(alive[-1], ids_B, pad_id)
+            chosen.append(last)
+            logps.append(torch.where(alive[-1], logps_B, 0))
+            alive.append(alive[-1] & ~torch.isin(last, stops))
+            if not alive[-1].any():
+                break
+    mask_BT = torch.stack(alive[:-1], 1)
+    completions_BT = torch.stack(chosen, 1)
+    whole = [
+        torch.cat((row, new[inside])) for row, new, inside in zip(rows, completions_BT, mask_BT, strict=True)
+    ]
+    return Generated(
+        ids=nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=pad_id),
+        prompt_lengths=lengths_B,
+        completions=completions_BT,
+        mask=mask_BT,
+        logps=torch.stack(logps, 1),
+        stopped=~alive[-1],
+        cached=cached,
+    )
+
+
+def _with_cache(model: nn.Module, rows: Sequence[Tensor], pad_id: int) -> NextLogits:
+    takes = inspect.signature(model.forward).parameters
+    prompts_BP = nn.utils.rnn.pad_sequence(
+        list(rows), batch_first=True, padding_value=pad_id, padding_side="left"
+    )
+    lengths_B = torch.tensor([len(row) for row in rows], device=prompts_BP.device)
+    places = torch.arange(prompts_BP.shape[1], device=prompts_BP.device)
+    mask = (places >= prompts_BP.shape[1] - lengths_B[:, None]).long()
+    past: Any = None
+
+    def step(last: Tensor | None) -> Tensor:
+        nonlocal mask, past
+        if last is None:
+            ids, positions = prompts_BP, (mask.cumsum(1) - 1).clamp(min=0)
+        else:
+            mask = torch.cat((mask, torch.ones_like(last)[:, None]), 1)
+            ids, positions = last[:, None], mask.sum(1, keepdim=True) - 1
+        more = {"attention_mask": mask, "position_ids": positions}
+        output = model(
+            ids, past_key_values=past, use_cache=True, **{k: v for k, v in more.items() if k in takes}
+        )
+        past = getattr(output, "past_key_values", None)
+        if past is None:
+            raise PeftlibError(
+                f"{type(model).__name__} takes past_key_values and gives none back. Pass cache=False to run it again "
+                "for each token."
+            )
+        return _last(first_tensor(output, model), ids)[:, -1]
+
+    return step
+
+
+def _again(model: nn.Module, rows: Sequence[Tensor], pad_id: int) -> NextLogits:
+    whole = list(rows)
+
+    def step(last: Tensor | None) -> Tensor:
+        if last is not None:
+            whole[:] = [torch.cat((row, new[None])) for row, new in zip(whole, last, strict=True)]
+        ids = nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=pad_id)
+        logits = _last(first_tensor(model(ids), model), ids)
+        ends_B = torch.tensor([len(row) for row in whole], device=ids.device) - 1
+        return logits[torch.arange(len(whole), device=ids.device), ends_B]
+
+    return step
+
+
+def _last(logits: Tensor, ids: Tensor) -> Tensor:
+    if logits.dim() != 3 or logits.shape[:2] != ids.shape:
+        raise PeftlibError(
+            f"The model gave logits of shape {tuple(logits.shape)} for ids of {tuple(ids.shape)}; generation needs "
+            "(rows, positions, vocabulary)."
+        )
+    return logits
+
+
+def _choose(
+    logits_BV: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Ids, (B,), and their log-probabilities under the whole distribution."""
+    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+    if logits_BV.isnan().any():
+        row = int(logits_BV.isnan().any(1).nonzero()[0])
+        raise PeftlibError(f"The model's logits for prompt {row} are NaN, so nothing can be drawn from them.")
+    logps_BV = (logits_BV / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        ids_B = logps_BV.argmax(-1)
+    else:
+        ids_B = torch.multinomial(_narrowed(logps_BV, top_k, top_p).exp(), 1, generator=generator)[:, 0]
+    return ids_B, logps_BV.gather(1, ids_B[:, None])[:, 0]
+
+
+def _narrowed(logps_BV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    if top_k is not None and top_k < logps_BV.shape[1]:
+        least = logps_BV.topk(top_k).values[:, -1:]
+        logps_BV = logps_BV.masked_fill(logps_BV < least, -torch.inf)
+    if top_p is not None:
+        ranked, order = logps_BV.sort(descending=True)
+        shares = ranked.softmax(-1)
+        # an id stays while those before it have less than top_p together: the first always does
+        beyond = shares.cumsum(-1) - shares >= top_p
+        logps_BV = logps_BV.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    return logps_BV
+
+
+def _check(
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    if not len(prompts) or any(not len(prompt) for prompt in prompts):
+        empty = next((i for i, prompt in enumerate(prompts) if not len(prompt)), None)
+        what = "there are no prompts" if empty is None else f"prompt {empty} is empty"
+        raise PeftlibError(
+            f"generate needs prompts of at least one id each; {what}. Begin with a start token."
+        )
+    for name, value, fine, range_ in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "from 1"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "from 0"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "from 1, or None"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or None"),
+    ):
+        if not fine:
+            raise PeftlibError(f"{name}={value}: give a number {range_}.")
+
+
+def _check_context(
+    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int | None
+) -> None:
+    if context is None:
+        context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if context is None:
+        return
+    row = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[row]) + max_new_tokens > context:
+        raise PeftlibError(
+            f"Prompt {row} has {len(prompts[row])} ids, and with max_new_tokens={max_new_tokens} that is more than the "
+            f"{context} positions of the model. Cut the prompt, or ask for fewer tokens."
+        )

@@ -1,0 +1,189 @@
+"""PPO for language: a policy and its value as two tunings of one base, which is also the reference.
+
+One iteration, from top to bottom: draw completions; reward each token with ``-kl`` and the last one with the score too;
+advantages from the values; a few epochs of clipped steps on minibatches.
+
+Source: Ouyang et al. 2022, arXiv:2203.02155; the details are those of Huang et al. 2024, arXiv:2403.17031.
+
+Letters: B completions, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlib import PeftlibError, Tuning, use
+from peftlib.train.advantages import gae, kl_estimate, whiten
+from peftlib.train.batches import Batches
+from peftlib.train.history import History
+from peftlib.train.online import AdaptiveKL, Tally, check_policy, improve, minibatches, names_with, stepped
+from peftlib.train.outputs import first_tensor
+from peftlib.train.parallel import Ranks
+from peftlib.train.policy import ppo_policy_loss, ppo_value_loss
+from peftlib.train.reference import Reference
+from peftlib.train.reward import one_number
+from peftlib.train.rollouts import (
+    Reward,
+    Rollout,
+    at_completions,
+    completion_logps,
+    in_parts,
+    roll_out,
+    rows_of,
+)
+
+
+def ppo(
+    model: nn.Module,
+    prompts: Batches | Sequence[Sequence[Sequence[int]]],
+    reward: Reward,
+    *,
+    policy: Tuning,
+    value: Tuning,
+    optimizer: torch.optim.Optimizer,
+    value_optimizer: torch.optim.Optimizer,
+    steps: int,
+    sampling: Mapping[str, Any],
+    reference: Reference = (),
+    missing_stop_penalty: float = 0.0,
+    kl: float | AdaptiveKL = 0.05,
+    kl_kind: str = "k1",
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    epochs: int = 4,
+    minibatch: int | None = None,
+    rows: int | None = None,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+    clip_norm: float | None = 1.0,
+    **training: Any,
+) -> History:
+    """Maximize ``E[score - kl_weight KL(policy || reference)]`` by clipped steps on the model's own completions.
+
+    Args:
+        model: causal, ids -> logits, with the tunings on it; those that are enabled now make the policy.
+        prompts: batches of rows of ids, again and again: ``Batches(prompts, 16)``.
+        reward: (prompts, completions), lists of ids -> one number each; see :class:`peftlib.train.RewardModel`.
+        policy: what is trained.
+        value: a second tuning with ``NewHead(1)`` for an output, acting alone on the base.
+        optimizer: of the policy's parameters.
+        value_optimizer: of the value's.
+        steps: iterations.
+        sampling: settings of :func:`peftlib.train.generate`: ``{"max_new_tokens": 32, "stop_ids": [2]}``. Its
+            temperature holds for the reference and the update too.
+        reference: names of the tunings that make it; none is the base.
+        missing_stop_penalty: taken from the score of a completion that no stop id ended.
+        kl: weight of the penalty per token, or how it is to change.
+        kl_kind: ``"k1"`` or ``"k3"``, see :func:`peftlib.train.kl_estimate`.
+        gamma: discount per token.
+        lam: see :func:`peftlib.train.gae`.
+        epochs: passes over the completions of an iteration.
+        minibatch: completions per optimizer step; None is all.
+        rows: completions in one forward, if memory is short; changes no result but by rounding.
+        clip: of the ratio, see :func:`peftlib.train.ppo_policy_loss`.
+        value_clip: of the value, see :func:`peftlib.train.ppo_value_loss`.
+        clip_norm: largest norm of the gradients of each.
+        **training: ``checkpoint_dir``, ``checkpoint_every``, ``resume``, ``callbacks``, ``progress``, ``seed``, as in
+            :func:`peftlib.train.fit`.
+
+    Returns:
+        A row per iteration: ``objective/kl`` (nats per completion), ``/entropy``, ``/scores``, ``/rlhf_reward``,
+        ``/kl_weight``; ``policy/approxkl``, ``/clipfrac``; ``loss/policy``, ``loss/value``; ``val/ratio`` (mean
+        over all minibatches), ``val/first_ratio`` (of the first one: 1).
+
+    Raises:
+        PeftlibError: tunings, optimizers or settings that do not go together, a reward that is no number, a first
+            minibatch whose ratio is not 1.
+        NonFiniteError: a gradient is no number.
+    """
+    names = names_with(model, policy, [value])
+    check_policy(policy, optimizer, "the policy")
+    check_policy(value, value_optimizer, "the value")
+    if epochs < 1 or any(size is not None and size < 1 for size in (minibatch, rows)):
+        raise PeftlibError(f"epochs={epochs}, minibatch={minibatch}, rows={rows}: give numbers from 1.")
+    if kl_kind not in ("k1", "k3"):
+        raise PeftlibError(f"kl_kind={kl_kind!r}: a penalty is 'k1' or 'k3'.")
+
+    def iteration(batch: list[Any], before: Mapping[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
+        weight = _weight(kl, before)
+        with use(model, *names):
+            done = roll_out(
+                model,
+                batch,
+                reward,
+                reference=reference,
+                sampling=sampling,
+                missing_stop_penalty=missing_stop_penalty,
+                rows=rows,
+            )
+        with use(model, value.name), torch.no_grad():
+            (values_BT,) = in_parts(lambda part: (values_of(model, part),), done, rows)
+        rewards_BT = token_rewards(done, weight, kl_kind)
+        advantages_BT, returns_BT = gae(rewards_BT, values_BT, done.mask, gamma, lam)
+        advantages_BT = whiten(advantages_BT, done.mask)
+
+        tally = Tally()
+        for _ in range(epochs):
+            for chosen in minibatches(len(batch), minibatch or len(batch), done.ids.device):
+                (tokens,) = ranks.total(done.mask[chosen].sum())
+                for some in chosen.split(rows or len(chosen)):
+                    part = rows_of(done, some)
+                    share = part.mask.sum().item() / tokens
+                    with use(model, *names):
+                        logps_BT, _ = completion_logps(model, part, sampling.get("temperature", 1.0))
+                        loss = ppo_policy_loss(logps_BT, part.logps, advantages_BT[some], part.mask, clip)
+                        (share * loss).backward()
+                    with use(model, value.name):
+                        now_BT = values_of(model, part)
+                        value_loss = ppo_value_loss(
+                            now_BT, values_BT[some], returns_BT[some], part.mask, value_clip
+                        )
+                        (share * value_loss).backward()
+                    losses = {"loss/policy": loss, "loss/value": value_loss}
+                    tally.add(share, logps_BT, part, clip, losses)
+                stepped(optimizer, clip_norm, "the policy", done, ranks)
+                stepped(value_optimizer, clip_norm, "the value", done, ranks)
+        row = ranks.mean({**done.numbers(), **tally.means()})
+        return {
+            "loss": row["loss/policy"],
+            **row,
+            "objective/rlhf_reward": row["objective/scores"] - weight * row["objective/kl"],
+            "objective/kl_weight": weight,
+            "completions": len(batch) * ranks.world,
+        }
+
+    settings = {"algorithm": "ppo", "policy": list(names), "value": value.name}
+    return improve(
+        model,
+        prompts,
+        iteration,
+        {"policy": (policy, optimizer), "value": (value, value_optimizer)},
+        steps=steps,
+        settings=settings,
+        **training,
+    )
+
+
+def values_of(model: nn.Module, done: Rollout) -> Tensor:
+    """What the value says before each token was chosen, (B, T)."""
+    return one_number(at_completions(first_tensor(model(done.ids), model), done), done.mask)
+
+
+def token_rewards(done: Rollout, weight: float, kind: str = "k1") -> Tensor:
+    """``-weight kl_t`` at each token, and the score at the last one; (B, T)."""
+    rewards_BT = -weight * kl_estimate(done.logps, done.reference_logps, kind)
+    last_B = done.mask.sum(1) - 1
+    return rewards_BT.scatter_add(1, last_B[:, None], done.scores[:, None])
+
+
+def _weight(kl: float | AdaptiveKL, before: Mapping[str, Any] | None) -> float:
+    """From the row before, so that nothing else has to be kept for going on."""
+    if not isinstance(kl, AdaptiveKL):
+        return kl
+    if before is None:
+        return kl.start
+    return kl.after(before["objective/kl_weight"], before["objective/kl"], before["completions"])
