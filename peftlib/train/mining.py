@@ -31,8 +31,8 @@ class Mining:
         seed: of everything drawn.
 
     Raises:
-        PeftlibError: numbers out of range; in training, a loss of whole batches, batches without ``index``, or several
-            processes, each of which would know other losses.
+        PeftlibError: numbers out of range; in training, a loss of whole batches, or batches without ``index``. ``fit``
+            refuses it in several processes, each of which would know other losses.
 
     Example:
         >>> from functools import partial
@@ -68,12 +68,6 @@ class Mining:
 
     def __call__(self, epoch: int) -> Tensor:
         """The numbers drawn in an epoch, by the losses so far; epoch 0 forgets what was before."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise PeftlibError(
-                    "Mining draws by losses that only the process that saw them knows. Train in one process, or with "
-                    "weights, or with a sampler that needs no losses."
-                )
         if not (self._goes_on and epoch == self._epoch):
             if epoch == 0:
                 self.losses.fill_(torch.nan)

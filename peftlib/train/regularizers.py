@@ -6,7 +6,8 @@ A has a Fisher information of zero there; A and B can be scaled against each oth
 computes with. That product is formed, one weight at a time, and formed again in the backward: the Fisher information
 has the weight's own size in any case.
 
-Left out on purpose: penalties on prompts, prefixes and adapters, which change no weight. Use replay.
+Left out on purpose: penalties on prompts, prefixes and adapters, which change no weight (use replay), and on sharded
+weights, which are refused.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def l2_sp(trained: Tuning | nn.Module, strength: float, *, free: Sequence[str] =
     Source: Li et al. 2018, arXiv:1802.01483, eq. 2.
     """
     weights = _effective(trained, free)
-    return _Squares(weights, [None] * len(weights), strength)
+    return _Squares(trained, weights, [None] * len(weights), strength)
 
 
 def ewc(trained: Tuning | nn.Module, fisher: Fisher, strength: float, *, free: Sequence[str] = ()) -> Penalty:
@@ -137,7 +138,8 @@ def ewc(trained: Tuning | nn.Module, fisher: Fisher, strength: float, *, free: S
             f"The Fisher information has nothing of {', '.join(missing[:5])}{', ...' if missing[5:] else ''}, which is "
             "trained. Estimate it with these in names=, or let them go with free=."
         )
-    return _Squares(weights, [fisher.values[w.name].to(w.parameter.device) for w in weights], strength)
+    factors = [fisher.values[w.name].to(w.parameter.device) for w in weights]
+    return _Squares(trained, weights, factors, strength)
 
 
 class _Weight:
@@ -173,12 +175,24 @@ class _Weight:
 class _Squares:
     """``(strength / 2) sum_w factor_w . change_w^2``, in float32 or wider also under autocast."""
 
-    def __init__(self, weights: list[_Weight], factors: Sequence[Tensor | None], strength: float):
+    def __init__(
+        self,
+        trained: Tuning | nn.Module,
+        weights: list[_Weight],
+        factors: Sequence[Tensor | None],
+        strength: float,
+    ):
         if not strength > 0:
             raise PeftlibError(f"strength={strength}: a penalty needs a number above 0.")
-        self.weights, self.factors, self.strength = weights, factors, strength
+        self.trained, self.weights, self.factors, self.strength = trained, weights, factors, strength
+        self.known = {id(p) for p in trained.parameters()}
 
     def __call__(self) -> Tensor:
+        if any(id(p) not in self.known for p in self.trained.parameters()):
+            raise PeftlibError(
+                "The parameters are not those that the penalty was made of: the model was sharded since, and a penalty "
+                "on a part of a weight is none on the whole. Use parallel='ddp', or replay."
+            )
         total: Any = 0.0
         for weight, factor in zip(self.weights, self.factors, strict=True):
             # of all changed weights one is there at a time, in the backward too

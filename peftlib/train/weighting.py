@@ -41,7 +41,7 @@ def with_weights(loss: Loss, weights: Tensor | Sequence[float]) -> Loss:
         >>> float(sums.sum() / counts.sum())  # (1 * 1 + 3 * 4) / (1 + 3)
         3.25
     """
-    table = torch.as_tensor(weights, dtype=torch.float32)
+    table = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
     if table.dim() != 1 or not bool((table > 0).all()) or not bool(table.isfinite().all()):
         raise PeftlibError(
             f"Weights are one finite number above 0 per example; got shape {tuple(table.shape)}, least "
@@ -53,7 +53,7 @@ def with_weights(loss: Loss, weights: Tensor | Sequence[float]) -> Loss:
         if not torch.is_grad_enabled():
             return result
         sums, counts, index = of_samples(result, batch)
-        own = table.to(sums.device)[index.to(sums.device)]
+        own = table[index.cpu()].to(sums)
         return sums * own, counts * own
 
     return weighing

@@ -300,3 +300,12 @@ def test_old_data_is_kept_better_than_by_chance():
         fit(model, [new], loss, optimizer=torch.optim.SGD(tuning.parameters(), lr=0.005), steps=400)
         found[remedy] = [regression(model, task)[0].item() / 64 for task in (old, new)]
     assert found[True][0] < 0.1 * found[False][0]
+
+
+def test_one_changed_weight_is_there_at_a_time():
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(12)))
+    tuning = peftlib.attach(model, LoRA(rank=1), targets=["*"])
+    penalty = l2_sp(tuning, 1.0)
+    move(tuning)
+    report = peftlib.measure_memory(lambda: penalty().backward(), model=model)
+    assert report.activation_bytes + report.temporary_bytes < 6 * 64 * 64 * 4  # of 12
