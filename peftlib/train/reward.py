@@ -33,7 +33,7 @@ def init_head(tuning: Tuning) -> Tuning:
     Example:
         >>> import peftlib
         >>> model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 9))
-        >>> tuning = init_head(peftlib.attach(model, {"1": NewHead(1)}, name="reward"))
+        >>> tuning = init_head(peftlib.attach(model, {"1": peftlib.NewHead(1)}, name="reward"))
         >>> model(torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 3, 1])
 
@@ -116,7 +116,7 @@ class RewardModel:
     Example:
         >>> import peftlib
         >>> model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 9))
-        >>> tuning = init_head(peftlib.attach(model, {"1": NewHead(1)}, name="reward"))
+        >>> tuning = init_head(peftlib.attach(model, {"1": peftlib.NewHead(1)}, name="reward"))
         >>> tuning.disable().model(torch.tensor([[1]])).shape, RewardModel(tuning)([[1]], [[2, 3]]).shape
         (torch.Size([1, 1, 9]), torch.Size([1]))
     """

@@ -27,6 +27,7 @@ class Balanced:
         PeftlibError: chances below 0, or all 0.
 
     Example:
+        >>> from peftlib.train import inverse_frequency
         >>> sampler = Balanced(inverse_frequency([0] * 90 + [1] * 10), draws=1000)
         >>> 400 < int((sampler(epoch=0) >= 90).sum()) < 600
         True
