@@ -36,7 +36,7 @@ class Domain:
     held_out: Tensor
 
 
-def standard_library(root: Path | None = None) -> tuple[Domain, Domain]:
+def standard_library(root: Path | None = None, encode: Encode = utf8) -> tuple[Domain, Domain]:
     """Two domains out of the modules below `root`: their docstrings, and their code without them.
 
     A file is held out by the hash of its path, so that other files coming or going don't move it.
@@ -55,7 +55,9 @@ def standard_library(root: Path | None = None) -> tuple[Domain, Domain]:
             raise InputError(f"{root} holds too few Python modules to split by file")
     prose, program = (
         Domain(
-            name=kind, train=tokens("".join(parts[kind, False])), held_out=tokens("".join(parts[kind, True]))
+            name=kind,
+            train=tokens("".join(parts[kind, False]), encode),
+            held_out=tokens("".join(parts[kind, True]), encode),
         )
         for kind in ("docstrings", "code")
     )

