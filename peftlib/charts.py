@@ -64,7 +64,7 @@ def bar_chart(
     axes.set_title(title)
     if len(series) > 1:
         figure.legend(loc="outside right upper")
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def area_chart(
@@ -113,7 +113,7 @@ def area_chart(
     axes.set_ylabel(unit)
     axes.set_title(title, pad=18)
     figure.legend(loc="outside right upper", reverse=True)
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def line_chart(
@@ -143,7 +143,7 @@ def line_chart(
     axes.set_title(title)
     if len(series) > 1:
         figure.legend(loc="outside right upper")
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def text_bars(
@@ -208,6 +208,15 @@ def _figure(width: float, height: float) -> Any:
             "drawing needs matplotlib, which is not installed: pip install 'peftlib[plot]'"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _write(figure: Any, path: str | Path) -> None:
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as error:
+        raise PeftlibError(
+            f"{str(path)!r} cannot be drawn: {error}. Name a .png, .svg or .pdf file."
+        ) from error
 
 
 def _scale(largest: float, unit: str) -> tuple[float, str]:

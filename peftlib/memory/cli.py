@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,29 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftlib.commands import DTYPES, METHODS, Options, add_method_options, function_of
 from peftlib.errors import PeftlibError
 from peftlib.memory.plan import MemoryPlan, plan_memory
-from peftlib.methods.adapter import Adapter
-from peftlib.methods.bitfit import BitFit
-from peftlib.methods.lora import LoRA
-from peftlib.methods.prefix import PrefixTuning
-from peftlib.methods.prompt import PromptTuning
-from peftlib.methods.ptuning_v1 import PTuningV1
-from peftlib.methods.ptuning_v2 import PTuningV2
 
-Options = argparse.Namespace
-METHODS: dict[str, Callable[[Options], Any]] = {
-    "full": lambda o: None,
-    "lora": lambda o: LoRA(rank=o.rank),
-    "dora": lambda o: LoRA(rank=o.rank, use_dora=True),
-    "adapter": lambda o: Adapter(dim=o.dim),
-    "prefix": lambda o: PrefixTuning(length=o.virtual),
-    "ptuning-v2": lambda o: PTuningV2(length=o.virtual),
-    "prompt": lambda o: PromptTuning(length=o.virtual),
-    "ptuning-v1": lambda o: PTuningV1(length=o.virtual),
-    "bitfit": lambda o: BitFit(),
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHOICES: dict[str, Callable[[Options], Any]] = {"full": lambda o: None, **METHODS}
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
@@ -86,11 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="path.py:function, which makes the model")
     add = parser.add_argument
-    add("--method", action="append", choices=list(METHODS), help="repeatable; default: full, lora and prefix")
-    add("--targets", nargs="+", metavar="GLOB", help="where the methods go; default: each method's own")
-    add("--rank", type=int, default=8, help="of lora and dora (default 8)")
-    add("--dim", type=int, default=64, help="bottleneck of the adapter (default 64)")
-    add("--virtual", type=int, default=20, help="length of prefixes and prompts (default 20)")
+    add("--method", action="append", choices=list(CHOICES), help="repeatable; default: full, lora and prefix")
+    add_method_options(parser)
     add("--batch", type=int, nargs="+", default=[1], help="batch sizes (default 1)")
     add("--length", type=int, nargs="+", help="sequence lengths (default 512 for token ids)")
     add("--budget", default="24GiB", help="such as 24GiB or 80GB (default 24GiB)")
@@ -110,11 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(options: Options) -> MemoryPlan:
-    path, _, function = options.model.rpartition(":")
-    module = _load(path, options.model)
-    factory = getattr(module, function, None)
-    if not callable(factory):
-        raise PeftlibError(f"{path} has no function {function!r}")
+    factory, module = function_of(options.model)
 
     def build() -> nn.Module:
         model = factory()
@@ -122,7 +96,7 @@ def _plan(options: Options) -> MemoryPlan:
 
     methods = {}
     for name in options.method or ("full", "lora", "prefix"):
-        method = METHODS[name](options)
+        method = CHOICES[name](options)
         if options.targets and method is not None:
             method = dict.fromkeys(options.targets, method)
         methods[name] = method
@@ -142,23 +116,6 @@ def _plan(options: Options) -> MemoryPlan:
         autocast=DTYPES[options.autocast] if options.autocast else None,
         device=options.device,
     )
-
-
-def _load(path: str, given: str) -> Any:
-    if not path or not Path(path).is_file():
-        raise PeftlibError(f"{given!r}: give an existing file and a function in it, path.py:function")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # what the file imports from beside it is found, and its classes can be looked up by name
-    sys.path.insert(0, str(Path(path).resolve().parent))
-    sys.modules.setdefault(spec.name, module)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise PeftlibError(f"{path} cannot be imported ({type(error).__name__}: {error})") from error
-    return module
 
 
 def _ids(batch: int, length: int) -> torch.Tensor:

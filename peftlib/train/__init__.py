@@ -3,6 +3,7 @@
 from peftlib.train.advantages import gae, grpo_advantages, kl_estimate, masked_mean, whiten
 from peftlib.train.batches import Batches, Sampler
 from peftlib.train.best_of import Best, best_of
+from peftlib.train.chat import ChatTemplate
 from peftlib.train.data import Example, Preference, Template, read_jsonl
 from peftlib.train.dpo import dpo, kto, sequence_logps
 from peftlib.train.evaluation import EarlyStopping
@@ -11,7 +12,7 @@ from peftlib.train.generate import Generated, generate
 from peftlib.train.groups import groups
 from peftlib.train.grpo import grpo
 from peftlib.train.history import History
-from peftlib.train.logs import JsonlLog
+from peftlib.train.logs import JsonlLog, TensorBoardLog
 from peftlib.train.loop import fit
 from peftlib.train.losses import (
     causal_lm,
@@ -24,7 +25,7 @@ from peftlib.train.losses import (
 from peftlib.train.masking import mask_tokens
 from peftlib.train.mining import Mining
 from peftlib.train.online import AdaptiveKL
-from peftlib.train.packing import Encoded, document_mask, encode, pack, pad, padder
+from peftlib.train.packing import Encoded, document_mask, encode, pack, pad, padder, split
 from peftlib.train.pairs import Judged, Pair, encode_pair, judged_padder, pad_judged, pad_pairs, pair_padder
 from peftlib.train.policy import grpo_loss, ppo_policy_loss, ppo_value_loss
 from peftlib.train.ppo import ppo
@@ -43,6 +44,7 @@ __all__ = [
     "Balanced",
     "Batches",
     "Best",
+    "ChatTemplate",
     "EarlyStopping",
     "Encoded",
     "Example",
@@ -60,6 +62,7 @@ __all__ = [
     "Rollout",
     "Sampler",
     "Template",
+    "TensorBoardLog",
     "Tokenizer",
     "as_tokenizer",
     "best_of",
@@ -113,6 +116,7 @@ __all__ = [
     "roll_out",
     "score",
     "sequence_logps",
+    "split",
     "train_step",
     "whiten",
     "with_penalty",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peftlib import PeftlibError
+from peftlib.train.chat import ChatTemplate
 
 SHAPES = {
     "instruction": ("instruction", "output"),
@@ -69,10 +70,17 @@ class Template:
 
 @dataclass(frozen=True)
 class Example:
-    """What a model reads and says: ``segments`` of (text, whether it is trained); ``source`` says where it is from."""
+    """What a model reads and says.
+
+    Attributes:
+        segments: pieces of text, and whether each is trained.
+        source: file and line.
+        closed: trained pieces hold the token that ends them; otherwise ``encode`` adds it.
+    """
 
     segments: tuple[tuple[str, bool], ...]
     source: str = ""
+    closed: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Preference:
     source: str = ""
 
 
-def read_jsonl(path: str | os.PathLike[str], *, template: Template | None = None) -> list[Any]:
+def read_jsonl(path: str | os.PathLike[str], *, template: Template | ChatTemplate | None = None) -> list[Any]:
     """The examples of a file of JSON lines, a :class:`Preference` each if it has those, else an :class:`Example`.
 
     Instructions and messages go through the template; ``prompt`` and ``completion`` stand as they are. In
@@ -93,7 +101,7 @@ def read_jsonl(path: str | os.PathLike[str], *, template: Template | None = None
 
     Args:
         path: UTF-8 text.
-        template: by default ``Template()``.
+        template: by default ``Template()``; or a tokenizer's own, :class:`ChatTemplate`.
 
     Raises:
         PeftlibError: not JSON, not an object, a key that is missing, not text or empty, an unknown role, messages that
@@ -114,6 +122,8 @@ def read_jsonl(path: str | os.PathLike[str], *, template: Template | None = None
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise PeftlibError(f"There is no file {os.fspath(path)!r}.") from error
+    except OSError as error:
+        raise PeftlibError(f"{os.fspath(path)!r} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise PeftlibError(f"{os.fspath(path)!r} is not UTF-8: {error}. Convert it first.") from error
     for number, line in enumerate(lines, 1):
@@ -141,9 +151,11 @@ def _shape(row: Mapping[str, Any], where: str) -> str:
     raise PeftlibError(f"{where}: the keys are {', '.join(row) or '(none)'}. An example has one of: {known}.")
 
 
-def _example(shape: str, row: Mapping[str, Any], template: Template, where: str) -> Example | Preference:
+def _example(
+    shape: str, row: Mapping[str, Any], template: Template | ChatTemplate, where: str
+) -> Example | Preference:
     if shape == "messages":
-        return Example(template.segments(_turns(row, where)), where)
+        return _told(_turns(row, where), template, where)
     if shape == "preference":
         prompt, chosen, rejected = (_text(row, key, where) for key in SHAPES[shape])
         if chosen == rejected:
@@ -155,7 +167,14 @@ def _example(shape: str, row: Mapping[str, Any], template: Template, where: str)
         return Example(((prompt, False), (_text(row, "completion", where), True)), where)
     asked, more = _text(row, "instruction", where), _text(row, "input", where, empty=True)
     user = f"{asked}\n\n{more}" if more else asked
-    return Example(template.segments([("user", user), ("assistant", _text(row, "output", where))]), where)
+    return _told([("user", user), ("assistant", _text(row, "output", where))], template, where)
+
+
+def _told(turns: list[tuple[str, str]], template: Template | ChatTemplate, where: str) -> Example:
+    try:
+        return Example(template.segments(turns), where, isinstance(template, ChatTemplate))
+    except PeftlibError as error:
+        raise PeftlibError(f"{where}: {error}") from error
 
 
 def _turns(row: Mapping[str, Any], where: str) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Where a training's rows go while it runs. A logger is any function of one row; this file has a log and a bar."""
+"""Where a training's rows go while it runs. A logger is any function of one row; this file has two, and a bar."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from peftlib import PeftlibError
 from peftlib.report import format_bytes
 
 
@@ -53,6 +54,40 @@ class JsonlLog:
                 if json.loads(line)["step"] < step:
                     kept.append(line)
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+class TensorBoardLog:
+    """Every number of every step for TensorBoard; a resumed run takes away the steps that it makes again.
+
+    A callback of :func:`peftlib.train.fit`; needs the package ``tensorboard``.
+
+    Args:
+        folder: where the event files go; made if it is not there.
+
+    Raises:
+        PeftlibError: at the first row, if the package is missing.
+
+    Example:
+        >>> log = TensorBoardLog("runs/first")  # fit(..., callbacks=[log])
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._writer: Any = None
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        """Write a row's numbers down."""
+        if self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise PeftlibError("TensorBoardLog needs a package: pip install tensorboard") from error
+            self._writer = SummaryWriter(str(self.folder), purge_step=row["step"])
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, row["step"])
+        # now and not at the end, which nobody announces
+        self._writer.flush()
 
 
 @contextlib.contextmanager

@@ -122,6 +122,8 @@ def fit(
     checkpoint_every = _every("checkpoint", checkpoint_every, per_epoch, needed=checkpoint_dir is not None)
     if nonfinite not in ("stop", "skip"):
         raise PeftlibError(f"nonfinite={nonfinite!r} is unknown: use 'stop' or 'skip'.")
+    if clip is not None and not clip > 0:
+        raise PeftlibError(f"clip={clip}: give the largest norm of the gradients, above 0, or None.")
     if early_stopping is not None and evaluate is None:
         raise PeftlibError(
             "early_stopping= needs evaluate=, or there is nothing to stop by: give some batches."

@@ -53,7 +53,7 @@ def encode(
     ids: list[int] = []
     labels: list[int] = []
     for text, trained in example.segments:
-        new = tokenizer.encode(text) + ([tokenizer.eos_id] if trained else [])
+        new = tokenizer.encode(text) + ([tokenizer.eos_id] if trained and not example.closed else [])
         ids += new
         labels += new if trained or whole else [IGNORE] * len(new)
     where = example.source or "The example"
@@ -71,6 +71,39 @@ def encode(
             )
         ids, labels = ids[cut:], labels[cut:]
     return Encoded(ids, labels)
+
+
+def split(text: str, tokenizer: Tokenizer, length: int, *, context: int = 1) -> list[Encoded]:
+    """A text to go on training with, in pieces of at most ``length`` tokens, an end token after its last.
+
+    Every token but the text's first is trained exactly once: a piece begins with the ``context`` last tokens of the one
+    before it, which are read and not trained.
+
+    Args:
+        text: not empty.
+        tokenizer: see :func:`peftlib.train.as_tokenizer`.
+        length: of a piece, at most.
+        context: tokens that a piece has in common with the one before, at least 1.
+
+    Raises:
+        PeftlibError: an empty text, or no room for anything new in a piece.
+
+    Example:
+        >>> from peftlib.train import byte_tokenizer
+        >>> [(piece.ids, piece.labels) for piece in split("abc", byte_tokenizer(), 3)]
+        [([97, 98, 99], [97, 98, 99]), ([99, 257], [-100, 257])]
+    """
+    ids = [*tokenizer.encode(text), tokenizer.eos_id]
+    if len(ids) < 2 or not 1 <= context < length:
+        raise PeftlibError(
+            f"split takes a text with a token in it and 1 <= context < length; got {text[:20]!r}, context={context}, "
+            f"length={length}."
+        )
+    pieces = [Encoded(ids[:length], ids[:length])]
+    for start in range(length - context, len(ids) - context, length - context):
+        piece = ids[start : start + length]
+        pieces.append(Encoded(piece, [IGNORE] * context + piece[context:]))
+    return pieces
 
 
 def pad(

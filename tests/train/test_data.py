@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import partial
 
@@ -29,6 +30,7 @@ from peftlib.train import (
     pad,
     padder,
     read_jsonl,
+    split,
 )
 
 BYTES = byte_tokenizer()
@@ -188,6 +190,25 @@ def test_what_is_too_long_loses_the_beginning_of_its_prompt():
         encode(example, BYTES, max_length=3)
     with pytest.raises(PeftlibError, match="nothing to train on"):
         encode(Example((("abc", False),)), BYTES)
+
+
+@given(text=st.text("ab天", min_size=1, max_size=30), length=st.integers(2, 9), data=st.data())
+def test_a_long_text_is_trained_token_for_token_once(text, length, data):
+    context = data.draw(st.integers(1, length - 1))
+    pieces = split(text, BYTES, length, context=context)
+    ids = [*text.encode(), BYTES.eos_id]
+    # a causal loss never predicts a piece's first token
+    assert [label for piece in pieces for label in piece.labels[1:] if label != -100] == ids[1:]
+    for before, piece in itertools.pairwise(pieces):
+        assert piece.ids[:context] == before.ids[-context:]
+    assert all(len(piece.ids) == length for piece in pieces[:-1])
+    assert context < len(pieces[-1].ids) <= length or len(pieces) == 1
+
+
+@pytest.mark.parametrize("text, length, context", [("", 4, 1), ("ab", 3, 3), ("ab", 3, 0)])
+def test_a_text_that_cannot_be_split_is_named(text, length, context):
+    with pytest.raises(PeftlibError, match="split takes a text"):
+        split(text, BYTES, length, context=context)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 
 import pytest
 
 from peftlib import PeftlibError
-from peftlib.train import History, JsonlLog
+from peftlib.train import History, JsonlLog, TensorBoardLog
 
 
 def history(steps=50):
@@ -45,6 +47,10 @@ def test_columns():
         history().last("accuracy")
     assert history() == History(rows=history().rows, seconds=[9.9])
     assert history() != history(49)
+    assert history() != history().rows
+    nan = [History(rows=[{"loss": math.nan, "made": False}]) for _ in range(2)]
+    assert nan[0] == nan[1]
+    assert nan[0] != History(rows=[{"loss": 1.0, "made": False}])
     assert json.loads(json.dumps(history().to_dict()))["seconds"] == [0.1] * 50
 
 
@@ -59,3 +65,23 @@ def test_the_log_takes_away_what_is_made_again_and_half_a_line(tmp_path):
         {"step": 1, "loss": 2.0},
         {"step": 2, "loss": 1.0},
     ]
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = TensorBoardLog(tmp_path)
+    for row in history(9).rows:
+        log(row)
+    found = EventAccumulator(str(tmp_path)).Reload()
+    assert set(found.Tags()["scalars"]) == {"epoch", "rate", "loss", "norm", "targets", "made", "eval_loss"}
+    losses = found.Scalars("loss")
+    assert [e.step for e in losses] == list(range(9))
+    assert [e.value for e in losses] == pytest.approx([1 / (i + 1) for i in range(9)])
+
+
+def test_tensorboard_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(PeftlibError, match="pip install tensorboard"):
+        TensorBoardLog(tmp_path)({"step": 0})

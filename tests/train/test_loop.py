@@ -329,6 +329,7 @@ BAD = [
     ({"steps": 0}, "nothing to do"),
     ({"steps": 1, "accumulate": 0}, "at least one batch"),
     ({"steps": 1, "nonfinite": "hope"}, "use 'stop' or 'skip'"),
+    ({"steps": 1, "clip": 0.0}, "clip=0.0: give the largest norm"),
     ({"steps": 1, "early_stopping": EarlyStopping()}, "needs evaluate="),
     ({"steps": 1, "resume": True}, "needs the checkpoint_dir="),
     ({"steps": 1, "loss": detached}, "does not depend on anything that is trained"),
