@@ -27,6 +27,7 @@ from peftlib.train.parallel import Ranks, ranks_of
 from peftlib.train.rng import seeded
 from peftlib.train.rollouts import Rollout
 from peftlib.train.saving import Place
+from peftlib.train.schedules import Schedule, constant
 from peftlib.train.step import NonFiniteError
 
 Iteration = Callable[[list[Any], Mapping[str, Any] | None, Ranks], dict[str, Any]]
@@ -71,6 +72,7 @@ def improve(
     *,
     steps: int,
     settings: Mapping[str, Any],
+    scheduler: Schedule = constant,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1,
     resume: bool = False,
@@ -87,8 +89,11 @@ def improve(
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     place = Place(folder, trained, {"seed": seed, **settings}, prompts, ranks)
     ranks.engage(parallel, model, first)
+    groups = [group for _, optimizer in trained.values() for group in optimizer.param_groups]
     for _, optimizer in trained.values():
         optimizer.zero_grad()
+    for group in groups:
+        group.setdefault("initial_lr", group["lr"])
     with seeded(seed), mode(model, False):
         state = place.open(resume)
         source = windows(prompts, state, 1, ranks)
@@ -97,10 +102,11 @@ def improve(
                 began = time.perf_counter()
                 (batch,) = next(source)
                 before = state.history.rows[-1] if state.history.rows else None
+                for group in groups:
+                    group["lr"] = group["initial_lr"] * scheduler(state.step, steps)
                 with ranks.drawing(state.step):
                     numbers = iteration(batch, before, ranks)
-                rate = first.param_groups[0]["lr"]
-                row = {"step": state.step, "epoch": state.epoch, "rate": rate, **numbers}
+                row = {"step": state.step, "epoch": state.epoch, "rate": groups[0]["lr"], **numbers}
                 state.step += 1
                 state.history.add(row, time.perf_counter() - began)
                 show(row, state.history.seconds[-1])

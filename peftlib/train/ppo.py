@@ -87,8 +87,8 @@ def ppo(
         clip: of the ratio, see :func:`peftlib.train.ppo_policy_loss`.
         value_clip: of the value, see :func:`peftlib.train.ppo_value_loss`.
         clip_norm: largest norm of the gradients of each.
-        **training: ``checkpoint_dir``, ``checkpoint_every``, ``resume``, ``callbacks``, ``progress``, ``seed``, as in
-            :func:`peftlib.train.fit`.
+        **training: ``scheduler``, ``checkpoint_dir``, ``checkpoint_every``, ``resume``, ``callbacks``, ``progress``,
+            ``seed`` and ``parallel="ddp"``, as in :func:`peftlib.train.fit`.
 
     Returns:
         A row per iteration: ``objective/kl`` (nats per completion), ``/entropy``, ``/scores``, ``/rlhf_reward``,

@@ -189,6 +189,11 @@ def test_rewards_are_kl_per_token_and_the_score_at_the_last():
         assert not rewards[row, n:].any()
 
 
+def test_the_rate_follows_its_schedule():
+    history = run_grpo(policy_and_value(), scheduler=lambda step, steps: 1 - step / steps, rate=0.04)
+    assert [row["rate"] for row in history.rows] == pytest.approx([0.04, 0.03, 0.02, 0.01])
+
+
 def test_the_kls_weight_follows_its_target():
     parts = policy_and_value()
     history = run_ppo(parts, kl=AdaptiveKL(start=0.1, target=0.01, horizon=64), rate=0.1, steps=6)
