@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -175,6 +175,7 @@ def data(lengths):
 
 
 @pytest.mark.parametrize("each", [False, True])
+@settings(max_examples=20)
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4))
 def test_a_step_has_it_once_however_its_targets_lie_in_batches(each, lengths):
     """Against a loop that adds it to the mean over all targets, on unequal micro-batches."""

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -55,6 +55,7 @@ def trained(batches, loss, steps=3, **options):
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=25)
 @given(times=st.lists(st.integers(1, 3), min_size=1, max_size=6), size=st.integers(1, 4))
 def test_a_weight_of_two_is_the_example_twice_and_a_common_factor_is_nothing(times, size):
     examples = rows(len(times))
@@ -155,9 +156,9 @@ def test_any_window_of_draws_has_its_share_of_old_to_less_than_one(new, old, epo
     for number in drawn:
         assert 0 <= number < new + old
         olds.append(olds[-1] + (number >= new))
-    for start in range(len(drawn)):
-        for stop in range(start + 1, len(drawn) + 1):
-            assert abs(olds[stop] - olds[start] - (stop - start) * share) < 1
+    # what any two places differ in by more or less than their share
+    ahead = [count - k * share for k, count in enumerate(olds)]
+    assert max(ahead) - min(ahead) < 1
     # every example of a kind before any comes again
     for kind, size in (([n for n in drawn if n < new], new), ([n - new for n in drawn if n >= new], old)):
         for turn in range(0, len(kind), size):
