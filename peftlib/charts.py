@@ -138,7 +138,9 @@ def line_chart(
     figure = _figure(8, 4.5)
     axes = figure.add_subplot()
     for name, points in series.items():
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=1)
+        # few points are dots too: a line through one would be nothing
+        dots = "." if len(points) < 50 else ""
+        axes.plot([x for x, _ in points], [y for _, y in points], dots + "-", label=name, linewidth=1)
     axes.set_xlabel(unit)
     axes.set_title(title)
     if len(series) > 1:
