@@ -49,12 +49,12 @@ def parse_bytes(size: str | float) -> int:
         >>> parse_bytes("24GiB"), parse_bytes("80 GB"), parse_bytes(512)
         (25769803776, 80000000000, 512)
     """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgtp]?)(i?)b?\s*", str(size), re.IGNORECASE)
+    found = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([kmgtp]?)(i?)b?\s*", str(size), re.IGNORECASE)
     try:
         number, prefix, binary = (float(found[1]), found[2], found[3]) if found else (0.0, "", "")
-    except ValueError:
-        number, prefix, binary = 0.0, "", ""
-    bytes_ = int(number * (1024 if binary else 1000) ** " kmgtp".index(prefix.lower() or " "))
+        bytes_ = int(number * (1024 if binary else 1000) ** " kmgtp".index(prefix.lower() or " "))
+    except (ValueError, OverflowError):
+        bytes_ = 0
     if bytes_ <= 0:
         raise PeftlibError(f"{size!r} is no size: give bytes, or a text such as '24GiB' or '80GB'")
     return bytes_

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "report": {"errors"},
     "charts": {"report", "errors"},
+    "progress": set(),
     "storage": {"errors"},
     "container": {"storage", "errors"},
     "attention": {"kernels", "errors"},
@@ -74,6 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         "targets",
         "report",
         "charts",
+        "progress",
         "methods",
         "errors",
     },
@@ -82,7 +84,7 @@ ALLOWED: dict[str, set[str]] = {
         *("storage", "methods", "open_attention", "errors"),
     },
     # Of models and tunings the public names alone; files, tables and charts from the files that know nothing of either.
-    "train": {"", "train", "commands", "memory", "container", "storage", "report", "charts"},
+    "train": {"", "train", "commands", "memory", "container", "storage", "report", "charts", "progress"},
 }
 
 # Imports inside a function, which break a circle on purpose.

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import peftlib
 from peftlib.errors import PeftlibError, ProbeError, TargetError
-from peftlib.memory import checkpointed, estimate_memory, extrapolate, measure_memory, onednn
+from peftlib.memory import MemoryReport, checkpointed, estimate_memory, extrapolate, measure_memory, onednn
 from tests.zoo import Decoder, Recycled, ids
 
 
@@ -310,12 +310,69 @@ def test_extrapolation_is_exact_where_bytes_are_polynomials():
         continued.plot_timeline("x.png")
 
 
-def test_extrapolation_says_where_the_peaks_are():
-    def report(width):
-        return estimate_memory(tower(width), torch.randn(64, width))
+def test_extrapolation_follows_the_peak_to_another_moment():
+    """At a small batch the optimizer's step dominates, or the last gradients, at a large one the activations."""
 
-    continued = extrapolate(report, {"width": (8, 64, 256)}, {"width": 1024})
-    assert any("in different places (backward, optimizer)" in note for note in continued.notes)
+    def step(batch, optimizer):
+        return estimate_memory(tower(64, 3), torch.randn(batch, 64), optimizer=optimizer)
+
+    for optimizer, place in ((torch.optim.AdamW, "optimizer step"), (None, "backward")):
+        small, large = step(4, optimizer), step(4096, optimizer)
+        assert small.peak_at.startswith(place)
+        assert not large.peak_at.startswith("optimizer")
+        continued = extrapolate(
+            lambda batch: step(batch, optimizer),  # noqa: B023
+            {"batch": (2, 4)},
+            {"batch": 4096},
+        )
+        assert continued.parts() == large.parts()
+        assert continued.peak_at.partition(" ")[0] == large.peak_at.partition(" ")[0]
+        assert continued.notes == ["continued to batch 4096 from (2, 4)"]
+        # the line of the small peaks alone ends far below
+        line = small.peak_bytes + (small.peak_bytes - step(2, optimizer).peak_bytes) * (4096 - 4) // 2
+        assert line < large.peak_bytes / 1.3
+
+
+class Heavy(torch.optim.SGD):
+    """Its step takes 300 KiB."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        scratch = torch.empty(300 * 256)
+        super().step(closure)
+        del scratch
+
+
+def test_extrapolation_over_depth_continues_each_phase():
+    """A shallow tower's peak is in the step; the activations of a deep one overtake it."""
+
+    def step(depth):
+        model = nn.Sequential(nn.Linear(64, 64), *(nn.ReLU() for _ in range(depth)))
+        return estimate_memory(model, torch.randn(64, 64), optimizer=Heavy)
+
+    small, large = step(3), step(60)
+    assert small.peak_at == "optimizer step"
+    assert large.peak_at.startswith("backward")
+    continued = extrapolate(step, {"depth": (2, 3)}, {"depth": 60})
+    assert continued.parts() == large.parts()
+    assert any("in different places (backward, optimizer step)" in note for note in continued.notes)
+
+
+def test_extrapolation_of_reports_without_timelines_continues_the_peaks():
+    def step(batch):
+        return MemoryReport(peak_bytes=7 + batch, frozen_bytes=7, input_bytes=batch, peak_at="forward")
+
+    continued = extrapolate(step, {"batch": (1, 2)}, {"batch": 9})
+    assert (continued.peak_bytes, continued.frozen_bytes, continued.peak_at) == (16, 7, "forward")
+
+
+def test_extrapolation_refuses():
+    def report(width):
+        raise AssertionError
+
     with pytest.raises(PeftlibError, match="two or more"):
         extrapolate(report, {"width": (8, 8)}, {"width": 4})
     with pytest.raises(PeftlibError, match="give both the same"):

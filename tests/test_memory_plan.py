@@ -1,24 +1,27 @@
-"""What fits a budget: the table, the search, the remedies, the shell."""
+"""What fits a budget: the table, its arguments, examples of other sizes, the shell."""
 
+import contextlib
 import functools
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 import peftlib
 from peftlib import LoRA, PromptTuning
-from peftlib.errors import PeftlibError
-from peftlib.memory import MemoryReport, ShardedOver, estimate_memory, plan_memory
+from peftlib.errors import PeftlibError, ProbeError
+from peftlib.memory import estimate_memory, plan_memory
+from peftlib.memory import plan as plan_module
+from peftlib.memory import ways as ways_module
 from peftlib.memory.cli import main
 from peftlib.memory.examples import Examples
-from peftlib.memory.remedies import Cost, Way, largest_batch
+from peftlib.memory.remedies import largest_batch
 from tests.zoo import Decoder
 
 METHODS = {"full": None, "prompt": PromptTuning(length=2)}
@@ -71,38 +74,6 @@ def test_the_largest_batch_fits_and_one_more_does_not(plan):
             assert (report.peak_bytes <= plan.budget) == fits
 
 
-def test_every_remedy_is_one(plan):
-    helped = [choice for choice in plan.choices if not choice.fits]
-    kinds = set()
-    for choice in helped:
-        assert choice.remedies
-        for remedy in choice.remedies:
-            assert remedy.peak_bytes <= plan.budget
-            kinds.add(remedy.text.split()[0])
-    assert {"micro-batches", "checkpointing:"} <= kinds
-    full = next(choice for choice in helped if choice.way == Way("full", 64, None, None))
-    text = full.remedies[0].text
-    size, times = int(text.split()[2].rstrip(",")), int(text.split()[3])
-    assert size * times >= 64 > size * (times - 1)
-    report = estimate_memory(deep(), batch(size), accumulate=times, optimizer=SGD)
-    assert report.peak_bytes == full.remedies[0].peak_bytes
-
-
-def test_sharding_is_a_remedy():
-    def factory():
-        return nn.Sequential(*(nn.Sequential(nn.Linear(64, 64)) for _ in range(8)))
-
-    plan = plan_memory(
-        factory, torch.ones(2, 64), {"full": None}, "300KiB", device="cpu", checkpointing=(None,)
-    )
-    (choice,) = plan.choices
-    (remedy,) = choice.remedies
-    model = factory()
-    per_rank = {n: ShardedOver(n)(model, choice.report).peak_bytes for n in (2, 4, 8)}
-    assert remedy.text == "sharding over 4 ranks, per rank"
-    assert remedy.peak_bytes == per_rank[4] <= plan.budget < per_rank[2]
-
-
 def test_it_prints(plan):
     text = str(plan)
     assert text.startswith("One training step against 260.0 KiB (cpu)\nmethod  batch  checkpoint")
@@ -135,7 +106,9 @@ def test_batches_and_lengths_and_no_blocks():
         factory, batch(2, 5), {"full": None}, "1MiB", batches=(2, 4), lengths=(5, 9), device="cpu"
     )
     assert [(row["batch"], row["length"]) for row in plan.rows] == [(2, 5), (4, 5), (2, 9), (4, 9)]
-    assert any("no module list of like blocks" in note for note in plan.notes)
+    (note,) = plan.notes
+    assert note.startswith("without checkpointing: checkpointing=True takes the repeated blocks")
+    assert not note.endswith(".")
     assert plan.rows[-1]["peak"] == estimate_memory(factory(), batch(4, 9)).peak_bytes
 
 
@@ -146,6 +119,159 @@ def test_a_list_of_methods_and_a_function_of_examples():
     )  # fmt: skip
     assert [(row["method"], row["batch"], row["length"]) for row in plan.rows] == [("LoRA", 3, 7)]
     assert any("not yet measured on a GPU" in note for note in plan.notes)
+
+
+def test_a_model_that_refuses_sizes_is_planned():
+    """Statistics need two rows, and a folded batch a multiple of three."""
+
+    class Folding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 2)
+
+        def forward(self, x):
+            x = self.norm(self.first(x))
+            return self.last(x.view(3, -1, 16))
+
+    def fits(size):
+        return estimate_memory(Folding(), torch.ones(size, 8)).peak_bytes <= 5500
+
+    plan = plan_memory(Folding, torch.ones(12, 8), {"full": None}, 5500, device="cpu", ranks=())
+    (choice,) = plan.choices
+    assert choice.largest_batch == 9
+    assert not choice.fits
+    assert fits(9)
+    assert not fits(12)
+    for refused in (1, 10, 11):
+        with pytest.raises(ProbeError):
+            fits(refused)
+    (remedy,) = choice.remedies
+    assert remedy.text == "micro-batches of 6, 2 accumulated"
+    least = plan_memory(Normed, torch.ones(2, 8), {"full": None}, 1, device="cpu")
+    assert least.rows[0]["max batch"] is None
+
+
+class Normed(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 16), nn.BatchNorm1d(16))
+
+
+def test_progress_counts_estimates(monkeypatch):
+    counted = []
+
+    @contextlib.contextmanager
+    def bar(unit, shown):
+        assert (unit, shown) == ("estimate", True)
+        yield SimpleNamespace(update=lambda: counted.append(1))
+
+    estimates = []
+
+    def estimate(*args, **kwargs):
+        estimates.append(1)
+        return estimate_memory(*args, **kwargs)
+
+    monkeypatch.setattr(plan_module, "bar_on_stderr", bar)
+    monkeypatch.setattr(ways_module, "estimate_memory", estimate)
+    plan_memory(Normed, torch.ones(4, 8), {"full": None}, device="cpu", progress=True)
+    assert len(counted) == len(estimates) > 2
+
+
+def test_one_search_serves_every_batch_of_a_row(monkeypatch):
+    searched = []
+
+    def search(search, way):
+        searched.append(way)
+        return largest_batch(search, way)
+
+    monkeypatch.setattr(plan_module, "largest_batch", search)
+    plan = plan_memory(
+        deep, batch(2), {"full": None}, "60KiB", batches=(2, 3, 2), checkpointing=(None, False), device="cpu"
+    )
+    assert len(searched) == 1
+    assert [(row["batch"], row["checkpoint"]) for row in plan.rows] == [(2, "no"), (3, "no")]
+    assert len({row["max batch"] for row in plan.rows}) == 1
+
+
+def test_rows_of_several_checkpointings_are_told_apart():
+    plan = plan_memory(
+        deep, batch(2), {"full": None}, device="cpu", checkpointing=(True, "blocks.0", ["blocks.1", "norm"])
+    )
+    assert [row["checkpoint"] for row in plan.rows] == ["yes", "blocks.0", "('blocks.1', 'norm')"]
+    assert len(set(plan._labels())) == 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batches": (0,)}, r"batches=\(0,\): 0 is no whole number of 1 or more"),
+        ({"batches": (True,)}, "True is no whole number"),
+        ({"batches": 8}, r"batches=8: give a list of one or more, as in batches=\[1\]"),
+        ({"lengths": 8}, "lengths=8: give a list"),
+        ({"lengths": (None,)}, "None is no whole number"),
+        (
+            {"checkpointing": True},
+            r"checkpointing=True: give a list of one or more, as in checkpointing=\[True\]",
+        ),
+        ({"checkpointing": ()}, r"checkpointing=\(\): give a list"),
+        ({"checkpointing": "blocks.*"}, r"checkpointing='blocks.\*': give a list"),
+        ({"ranks": 4}, "ranks=4: give a list"),
+        ({"ranks": (1,)}, "1 is no whole number of 2 or more"),
+        ({"budget": "1e400GiB"}, "is no size"),
+    ],
+)
+def test_wrong_lists_and_sizes(options, message):
+    with pytest.raises(PeftlibError, match=message):
+        plan_memory(deep, batch(2), METHODS, device="cpu", **options)
+
+
+def test_a_budget_may_be_a_large_number():
+    plan = plan_memory(Normed, torch.ones(4, 8), {"full": None}, 1e20, device="cpu")
+    assert plan.budget == 10**20
+    assert plan.rows[0]["max batch"] == 2**20 - 1
+
+
+def test_only_checkpointing_was_asked_for_and_there_are_no_blocks():
+    for model in (Normed, lambda: nn.Sequential(nn.ModuleList([nn.Linear(2, 2)] * 2))):
+        with pytest.raises(
+            PeftlibError, match=r"has none: no module list or sequence .* that have layers inside"
+        ):
+            estimate_memory(model(), torch.ones(2, 8), checkpointing=True)
+    with pytest.raises(PeftlibError, match="takes the repeated blocks"):
+        plan_memory(Normed, torch.ones(2, 8), {"full": None}, device="cpu", checkpointing=(True,))
+
+
+def test_functions_of_examples_that_fail():
+    with pytest.raises(
+        PeftlibError, match=r"example\(2\) gave no example \(TypeError: .* where lengths= is given"
+    ):
+        plan_memory(deep, lambda rows, length: batch(rows, length), METHODS, batches=(2,), device="cpu")
+
+
+def test_models_without_shapes_are_refused():
+    def factory():
+        return nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(4))
+
+    with pytest.raises(PeftlibError, match="parameters without a shape yet, in '1': call the model once"):
+        plan_memory(factory, torch.ones(2, 2), {"full": None}, device="cpu")
+
+
+def test_buffers_on_real_memory_are_warned_of():
+    class Table(nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.register_buffer("table", torch.zeros(rows, device="cpu"))
+
+        def forward(self, x):
+            return self.linear(x)
+
+    with pytest.warns(UserWarning, match="allocates 2.0 MiB of real weights"):
+        plan_memory(
+            lambda: Table(2**19), torch.ones(2, 2), {"full": None}, device="cpu", checkpointing=(None,)
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_memory(lambda: Table(8), torch.ones(2, 2), {"full": None}, device="cpu", checkpointing=(None,))
 
 
 def test_wrong_arguments():
@@ -170,37 +296,8 @@ def test_a_factory_that_allocates_is_warned():
         with torch.device("cpu"):
             return nn.Linear(256, 1024)
 
-    with pytest.warns(UserWarning, match="allocates 1.0 MiB of real parameters"):
+    with pytest.warns(UserWarning, match="allocates 1.0 MiB of real weights"):
         plan_memory(factory, torch.ones(2, 256), {"full": None}, device="cpu", checkpointing=(None,))
-
-
-# --- the search ----------------------------------------------------------------------------------------------------
-
-
-@given(
-    fixed=st.integers(0, 10**6),
-    slopes=st.lists(st.tuples(st.integers(0, 10**5), st.integers(0, 500)), min_size=1, max_size=4),
-    budget=st.integers(1, 10**7),
-    start=st.integers(1, 3000),
-)
-def test_the_search_on_any_sum_of_lines(fixed, slopes, budget, start):
-    # a peak is the largest of several places, each a line in the batch
-    def peak(size):
-        return fixed + max(a + b * size for a, b in slopes)
-
-    def of(way):
-        tried.append(way.batch)
-        return MemoryReport(peak_bytes=peak(way.batch), peak_at="forward")
-
-    tried = []
-    most = largest_batch(Cost(of, None, budget), Way("m", start))
-    if peak(1) > budget:
-        assert most == 0
-    elif most < 2**20 - 1:
-        assert peak(most) <= budget < peak(most + 1)
-    else:
-        assert peak(2**20 - 1) <= budget
-    assert len(tried) < 40
 
 
 # --- examples of other sizes ---------------------------------------------------------------------------------------
@@ -235,52 +332,6 @@ def test_examples_that_cannot_be_resized():
         Examples(torch.zeros(4, 4, dtype=torch.long))(4, 16)
     with pytest.raises(PeftlibError, match="without a tensor"):
         Examples({"text": "hello"})
-
-
-# --- sharding ------------------------------------------------------------------------------------------------------
-
-
-def blocks(width=64, depth=4, dtype=torch.float32):
-    layers = (nn.Sequential(nn.Linear(width, width, bias=False, dtype=dtype)) for _ in range(depth))
-    return nn.Sequential(nn.Linear(width, width, bias=False, dtype=dtype), nn.Sequential(*layers))
-
-
-def test_shards_are_what_zero_counts():
-    model = blocks()
-    report = estimate_memory(model, torch.ones(1, 64))
-    one = 64 * 64 * 4
-    rank = ShardedOver(4, groups="1.*")(model, report)
-    assert rank.trained_bytes == 5 * one / 4
-    assert rank.optimizer_bytes == 2 * 5 * one / 4 + 5 * 4  # and a count of steps per weight
-    assert rank.frozen_bytes == 0
-    # in the backward, what is whole: the root's, three groups, the gradients of one of them twice and of the root's
-    whole = one + 3 * one + 2 * one + one
-    assert rank.peak_at == "backward"
-    assert whole <= rank.temporary_bytes <= whole + 3 * 64 * 4
-    assert sum(rank.parts().values()) == rank.peak_bytes
-    assert "one of 4 ranks" in str(rank)
-    assert ShardedOver(1)(model, report) is report
-
-
-def test_rows_that_do_not_divide_are_padded_and_frozen_ones_have_no_state():
-    model = nn.Sequential(
-        nn.Linear(3, 5, bias=False), nn.Linear(5, 7, bias=False), nn.BatchNorm1d(7, affine=False)
-    )
-    model[0].requires_grad_(False)
-    rank = ShardedOver(4, groups=None)(model, estimate_memory(model, torch.ones(2, 3)))
-    assert rank.trained_bytes == 2 * 5 * 4  # 7 rows over 4
-    assert rank.frozen_bytes == 2 * 3 * 4 + (7 + 7) * 4 + 8  # 5 rows over 4, and the statistics, whole
-    assert rank.optimizer_bytes == 2 * 2 * 5 * 4 + 4
-
-
-def test_sharding_refuses():
-    report = estimate_memory(blocks(), torch.ones(1, 64))
-    with pytest.raises(PeftlibError, match="number of ranks"):
-        ShardedOver(0)
-    with pytest.raises(PeftlibError, match="without a timeline"):
-        ShardedOver(2)(blocks(), MemoryReport(peak_bytes=0, peak_at="forward"))
-    with pytest.raises(PeftlibError, match="'nope' matches nothing"):
-        ShardedOver(2, groups="nope")(blocks(), report)
 
 
 # --- the shell -----------------------------------------------------------------------------------------------------

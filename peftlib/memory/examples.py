@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from peftlib.errors import PeftlibError
-from peftlib.probe import as_call
+from peftlib.probe import Call, as_call
 
 
 class Examples:
@@ -33,7 +33,7 @@ class Examples:
             self._function = example
             return
         args, kwargs = as_call(example)
-        self._example = kwargs or args
+        self._example = Call(args, kwargs) if args and kwargs else kwargs or args
         tensors = [t for t in pytree.tree_leaves(self._example) if isinstance(t, Tensor) and t.dim()]
         if not tensors:
             raise PeftlibError(

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from peftlib.errors import PeftlibError
+from peftlib.memory.lives import FORWARD
 from peftlib.memory.report import PARTS, MemoryReport
 
 
@@ -19,8 +20,10 @@ def extrapolate(
 
     Each part of the peak is a polynomial in each size: batch and depth are straight lines (two points each), the
     length is one too with fused attention, else a parabola (three points). n points determine a polynomial of degree
-    n - 1, which is then evaluated exactly. It holds as long as the peak stays at its place: the report says where it
-    was at the largest of the small sizes, and has a note if it was elsewhere at another.
+    n - 1, which is then evaluated exactly. The peak may move: the optimizer's step is the fullest moment of a small
+    batch, the end of the forward that of a large one. So each instant of the timelines is continued, and the fullest
+    is the peak. Over a size that changes how many operators run (depth) it is the peak of each phase instead, which is
+    exact while that stays at its place; the report has a note where the peak changed its phase.
 
     Args:
         report: the report of one size, called with the names of ``small`` as keywords.
@@ -49,6 +52,7 @@ def extrapolate(
     reports = {
         point: report(**dict(zip(small, point, strict=True))) for point in itertools.product(*small.values())
     }
+    largest = max(reports)
     weights = {
         point: math.prod(
             _lagrange(values, value, at[name])
@@ -57,26 +61,71 @@ def extrapolate(
         for point in reports
     }
 
-    def there(name: str) -> int:
-        return round(sum(weight * getattr(reports[point], name) for point, weight in weights.items()))
+    def there(values: Mapping[Point, int]) -> int:
+        return round(sum(weight * values[point] for point, weight in weights.items()))
 
-    last = reports[max(reports)]
-    parts: dict[str, Any] = {name: there(name) for name in PARTS}
-    places = {one.peak_at.partition(" ")[0] for one in reports.values()}
+    timed = all(one.timeline is not None for one in reports.values())
+    courses: dict[Point, Course] = {
+        point: _instants(one) if timed else {PEAK: one.parts()} for point, one in reports.items()
+    }
+    aligned = len({tuple(course) for course in courses.values()}) == 1
+    if not aligned:
+        courses = {point: _phases(one, courses[point]) for point, one in reports.items()}
+    moments = [key for key in courses[largest] if all(key in course for course in courses.values())]
+    continued = {
+        key: {name: there({point: course[key][name] for point, course in courses.items()}) for name in PARTS}
+        for key in moments
+    }
+    fullest = max(continued, key=lambda key: sum(continued[key].values()))
+    last, phase = reports[largest], fullest[0]
     sizes = ", ".join(f"{name} {at[name]} from {tuple(values)}" for name, values in small.items())
     notes = [*last.notes, f"continued to {sizes}"]
-    if len(places) > 1:
+    places = {_phase(one) for one in reports.values()} | ({phase} if timed else set())
+    if len(places) > 1 and not aligned:
         notes.append(
-            f"the small peaks were in different places ({', '.join(sorted(places))}): measure larger ones"
+            f"the peaks were in different places ({', '.join(sorted(places))}) and the steps differ in length, so that "
+            "the peak of each phase was continued, not each moment: measure larger sizes"
         )
     return MemoryReport(
-        peak_bytes=sum(parts.values()),
-        peak_at=last.peak_at,
+        peak_bytes=sum(continued[fullest].values()),
+        peak_at=last.peak_at if fullest == PEAK or phase == _phase(last) else phase,
         device=last.device,
-        tuning_bytes=there("tuning_bytes"),
+        tuning_bytes=there({point: one.tuning_bytes for point, one in reports.items()}),
         notes=notes,
-        **parts,
+        **dict[str, Any](continued[fullest]),
     )
+
+
+Point = tuple[int, ...]
+Course = dict[tuple[str, int], Mapping[str, int]]
+"""(phase, number) -> bytes by part."""
+PEAK = ("peak", 0)
+"""Where a report has no timeline."""
+
+
+def _instants(report: MemoryReport) -> Course:
+    """Each instant of the timeline."""
+    course: Course = {}
+    assert report.timeline is not None
+    starts, phase = dict(report.timeline.phases), FORWARD
+    for instant, sizes in enumerate(zip(*report.timeline.parts.values(), strict=True)):
+        phase = starts.get(instant, phase)
+        course[phase, instant] = dict(zip(report.timeline.parts, sizes, strict=True))
+    return course
+
+
+def _phases(report: MemoryReport, instants: Course) -> Course:
+    """The fullest instant of each phase."""
+    course: Course = {}
+    for (phase, _), parts in instants.items():
+        if sum(parts.values()) > sum(course.get((phase, 0), {}).values()):
+            course[phase, 0] = parts
+    # an instant of the timeline may hold two phases, the report knows whose the peak is
+    return course | {(_phase(report), 0): report.parts()}
+
+
+def _phase(report: MemoryReport) -> str:
+    return report.peak_at.partition(" of ")[0].partition(" outside")[0]
 
 
 def _lagrange(values: Sequence[int], value: int, at: int) -> Fraction:

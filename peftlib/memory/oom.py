@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils import _pytree as pytree
 
-from peftlib.errors import PeftlibError
-from peftlib.memory.estimate import Optimizers, estimate_memory
+from peftlib.errors import PeftlibError, ProbeError
+from peftlib.memory.calls import Calls
+from peftlib.memory.estimate import Optimizers
 from peftlib.memory.examples import Examples
-from peftlib.memory.remedies import Cost, Remedy, Way, remedies
+from peftlib.memory.remedies import Remedy, Search, remedies
 from peftlib.memory.report import PARTS, MemoryReport
-from peftlib.memory.sharding import ShardedOver
-from peftlib.methods.calls import argument_names, by_name
+from peftlib.memory.ways import Way, estimator
 from peftlib.report import format_bytes, parse_bytes
 
 SHOWN = 3
 RANKS = (2, 4, 8, 16, 32, 64)
-CPU_WORDS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
+CPU_WORDS = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
+FEWER = "train fewer parameters, as LoRA and other methods of peftlib do"
+ADVICE = {
+    "frozen_bytes": "load them in a smaller type (bfloat16, or 8 or 4 bits)",
+    "trained_bytes": FEWER,
+    "gradient_bytes": FEWER,
+    "optimizer_bytes": f"{FEWER}, or take an optimizer that keeps less (SGD, or moments in 8 bits)",
+    "activation_bytes": "take shorter sequences, fused attention (F.scaled_dot_product_attention) or autocast",
+    "temporary_bytes": "compute the loss in chunks, or make the optimizer with foreach=False, whichever is at the peak",
+    "input_bytes": "take a smaller batch",
+}
 
 
 class OutOfMemory(PeftlibError, torch.OutOfMemoryError):
@@ -42,42 +50,6 @@ class OutOfMemory(PeftlibError, torch.OutOfMemoryError):
         self.remedies = list(remedies)
 
 
-class _Seen:
-    """The model that ran last, and the shapes it was called with."""
-
-    def __init__(self, model: nn.Module | None):
-        self.model = model
-        self.example: Any = None
-        self._stack: list[int] = []
-        self._handles: list[Any] = []
-        if model is not None:
-            self._watch(model)
-        else:
-            self._handles.append(register_module_forward_pre_hook(self._first))
-
-    def _first(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        # the first module that runs is the outermost; its own hook sees keywords as well, from its next call on
-        if self.model is None:
-            self.model = module
-            self._note(module, args, {})
-            self._watch(module)
-
-    def _watch(self, model: nn.Module) -> None:
-        self._handles.append(model.register_forward_pre_hook(self._note, with_kwargs=True))
-
-    def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        def shape(tensor: Tensor) -> Tensor:
-            meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            return meta.requires_grad_(tensor.requires_grad)
-
-        call = by_name(argument_names(type(model).forward), args, kwargs) if kwargs else args
-        self.example = pytree.tree_map_only(Tensor, shape, call)
-
-    def release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
 @contextlib.contextmanager
 def explain_oom(
     model: nn.Module | None = None,
@@ -89,20 +61,21 @@ def explain_oom(
 ) -> Iterator[None]:
     """Within this context, running out of memory raises an error that says what the step needs and what would help.
 
-    Until then it only notes the shapes that the model is called with. On an error of CUDA's or the CPU's allocator it
+    Until then it only notes the shapes that modules are called with. On an error of CUDA's or the CPU's allocator it
     estimates the step on fake tensors, which needs no memory, and re-raises it as :class:`OutOfMemory`, with the
-    split of the peak and the cheapest three remedies. Other errors pass.
+    split of the peak and the cheapest three remedies. What a step already does (micro-batches that are accumulated,
+    blocks that are computed twice) is seen and not advised again. Other errors pass.
 
     Args:
-        model: the model that is trained. None takes the first module called in the context; then keyword arguments
-            are seen from its second call on.
+        model: the model that is trained. None takes the largest of the modules that are called in the context.
         optimizer: yours, or what makes one of a list of parameters, as in :func:`estimate_memory`.
         loss: the forward's output -> a scalar, as in :func:`estimate_memory`.
         autocast: the type of your autocast, if there is one.
         budget: bytes or a text such as "24GiB"; None takes the device's memory.
 
     Raises:
-        OutOfMemory: in place of the allocator's error; also a ``torch.OutOfMemoryError``.
+        OutOfMemory: in place of the allocator's error, which is its cause; also a ``torch.OutOfMemoryError``.
+        PeftlibError: ``model`` is no module, ``budget`` no size.
 
     Example:
         >>> model = nn.Linear(1000, 1000)
@@ -112,90 +85,101 @@ def explain_oom(
         ...         torch.empty(2**60)  # more than there is
         ... except torch.OutOfMemoryError as error:
         ...     print(error.remedies[0])
-        Remedy(text='micro-batches of 143, 7 accumulated', peak_bytes=25160012)
+        Remedy(text='micro-batches of 125, 8 accumulated', peak_bytes=25016012)
     """
-    seen = _Seen(model)
+    if model is not None and not isinstance(model, nn.Module):
+        raise PeftlibError(
+            f"explain_oom got {type(model).__name__}: give the model that is trained, or nothing"
+        )
     limit = None if budget is None else parse_bytes(budget)
+    calls = Calls(model)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, OutOfMemory) or not _is_out_of_memory(error):
             raise
-        raise _explained(error, seen, optimizer, loss, autocast, limit) from error
+        calls.release()  # the estimate calls modules too
+        raise _explained(error, calls, limit, optimizer, loss, autocast) from error
     finally:
-        seen.release()
+        calls.release()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(word in str(error) for word in CPU_WORDS)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(CPU_WORDS.search(str(error)))
 
 
 def _explained(
     error: BaseException,
-    seen: _Seen,
+    calls: Calls,
+    limit: int | None,
     optimizer: torch.optim.Optimizer | Optimizers | None,
     loss: Callable[[Any], Tensor] | None,
     autocast: torch.dtype | None,
-    limit: int | None,
 ) -> OutOfMemory:
-    said = str(error).strip().partition("\n")[0]
-    if seen.model is None or seen.example is None:
-        return OutOfMemory(f"{said}\nNo model was called before in explain_oom(): there is no step to split.")
-    model = seen.model
-    place = next((p.device for p in model.parameters()), torch.device("cpu"))
-    limit = _memory_of(place) if limit is None else limit
-    maker = _maker(optimizer)
-    device = "cuda" if place.type == "cuda" else "cpu"
+    """As much as can be told: an error while explaining must not hide the error that is explained."""
+    lines = [str(error).strip().partition("\n")[0] or type(error).__name__]
+    report, found = None, []
     try:
-        examples = Examples(seen.example)
-
-        @functools.cache
-        def of(way: Way) -> MemoryReport:
-            return estimate_memory(
-                model,
-                examples(way.batch, None),
-                optimizer=maker,
-                loss=loss,
-                accumulate=way.accumulate,
-                checkpointing=way.checkpointing,
-                autocast=autocast,
-                device=device,
+        model = calls.model()
+        lines += calls.remarks()
+        place = next((p.device for p in model.parameters()), torch.device("cpu"))
+        limit = _memory_of(place) if limit is None else limit
+        examples = Examples(calls.call())
+        way = Way("this", examples.batch, accumulate=2 if calls.accumulates() else 1)
+        options: dict[str, Any] = {
+            "loss": loss,
+            "autocast": autocast,
+            "device": "cuda" if place.type == "cuda" else "cpu",
+            "optimizer": _maker(optimizer),
+        }
+        estimate = estimator(lambda _: model, examples, **options)
+        try:
+            report = estimate(way)
+        except ProbeError as second:
+            # some optimizers cannot step without values
+            estimate = estimator(lambda _: model, examples, **options | {"optimizer": None})
+            report = estimate(way)
+            lines.append(f"Without the optimizer's state and step, which cannot be told: {_sentence(second)}")
+        lines.append(_split(report, model, way, limit))
+        if limit is not None and report.peak_bytes > limit:
+            search = Search(estimate, limit, checkpointing=(None, True), ranks=RANKS)
+            found = remedies(search, way)[:SHOWN]
+            lines += _advice(report, found)
+        elif limit is not None:
+            lines.append(
+                "That would fit: something else holds memory (other tensors, other processes, fragments of the "
+                "allocator)."
             )
-
-        def sharded(way: Way, ranks: int) -> MemoryReport:
-            return ShardedOver(ranks)(model, of(way), optimizer=maker)
-
-        cost = Cost(of, sharded, limit, checkpointing=(None, True), ranks=RANKS)
-        way = Way("this", examples.batch)
-        report, fits = of(way), cost.fits(way)
-        found = [] if fits else remedies(cost, way)[:SHOWN]
-    except PeftlibError as second:
-        return OutOfMemory(f"{said}\nWhat the step needs cannot be told: {second}")
-    parts = [
-        f"{label} {format_bytes(report.parts()[name])}"
-        for name, label in PARTS.items()
-        if report.parts()[name]
-    ]
-    lines = [
-        said,
-        f"One step of {type(model).__name__} with this batch of {examples.batch} needs "
-        f"{format_bytes(report.peak_bytes)} of {format_bytes(limit)}, with its peak in the {report.peak_at}: "
-        f"{', '.join(parts)}.",
-    ]
-    if fits:
-        lines.append(
-            "That would fit: something else holds memory (other tensors, other processes, fragments of the allocator)."
-        )
-    elif found:
-        lines.append("What would help, cheapest first:")
-        lines += [f"- {remedy.text}: {format_bytes(remedy.peak_bytes or 0)}" for remedy in found]
-    else:
-        lines.append(
-            "Neither micro-batches, nor checkpointing, nor 64 ranks make it fit: train fewer parameters."
-        )
+    except Exception as second:  # noqa: BLE001
+        what = "What the step needs" if report is None else "What would help"
+        lines.append(f"{what} cannot be told: {_sentence(second)}")
     return OutOfMemory("\n".join(lines), report, found)
+
+
+def _split(report: MemoryReport, model: nn.Module, way: Way, limit: int | None) -> str:
+    parts = [f"{PARTS[name]} {format_bytes(size)}" for name, size in report.parts().items() if size]
+    batch = f"{'accumulated micro-batches' if way.accumulate > 1 else 'this batch'} of {way.batch}"
+    of = "" if limit is None else f" of {format_bytes(limit)}"
+    return (
+        f"One step of {type(model).__name__} with {batch} needs {format_bytes(report.peak_bytes)}{of}, with its peak "
+        f"in the {report.peak_at}: {', '.join(parts)}."
+    )
+
+
+def _advice(report: MemoryReport, found: Sequence[Remedy]) -> list[str]:
+    parts = report.parts()
+    largest = max(parts, key=lambda name: parts[name])
+    if found:
+        lines = ["What would help, cheapest first:"]
+        lines += [f"- {remedy.text}: {format_bytes(remedy.peak_bytes)}" for remedy in found]
+    else:
+        lines = [f"Neither micro-batches, nor checkpointing, nor {RANKS[-1]} ranks make it fit."]
+    return [*lines, f"The largest part are {PARTS[largest]}: {ADVICE[largest]}."]
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).strip().rstrip(".")
+    return f"{text}." if isinstance(error, PeftlibError) else f"{type(error).__name__}: {text}."
 
 
 def _maker(optimizer: torch.optim.Optimizer | Optimizers | None) -> Optimizers | None:
@@ -206,7 +190,13 @@ def _maker(optimizer: torch.optim.Optimizer | Optimizers | None) -> Optimizers |
     return optimizer
 
 
-def _memory_of(device: torch.device) -> int:
+def _memory_of(device: torch.device) -> int | None:
+    """The device's bytes, or None where nothing tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type != "cpu":
+        return None
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlib.attach import attach
 from peftlib.charts import bar_chart, text_bars
 from peftlib.errors import PeftlibError, TargetError
-from peftlib.memory.estimate import Optimizers, estimate_memory
+from peftlib.memory.estimate import Optimizers
 from peftlib.memory.examples import Examples
-from peftlib.memory.remedies import Cost, Remedy, Way, largest_batch, remedies
+from peftlib.memory.factory import prepared
+from peftlib.memory.remedies import Remedy, Search, largest_batch, remedies
 from peftlib.memory.report import MemoryReport
-from peftlib.memory.sharding import ShardedOver
+from peftlib.memory.ways import Way, estimator, example_of
 from peftlib.methods.base import Method
+from peftlib.progress import bar_on_stderr
 from peftlib.report import Table, format_bytes, parse_bytes
 
 SHOWN = {
@@ -68,7 +68,7 @@ class MemoryPlan:
                 "method": choice.way.method,
                 "batch": choice.way.batch,
                 "length": choice.way.length,
-                "checkpoint": "yes" if choice.way.checkpointing else "no",
+                "checkpoint": choice.way.again,
                 **{
                     name: sum(getattr(choice.report, part) for part in parts) for name, parts in SHOWN.items()
                 },
@@ -85,11 +85,11 @@ class MemoryPlan:
         rows = self.rows
         columns = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else None
         tables = [Table(title=self.title, rows=rows, columns=columns, formats=sizes, notes=self.notes)]
-        helps = [
-            {"what does not fit": str(choice.way), "what helps": remedy.text, "peak": remedy.peak_bytes}
-            for choice in self.choices
-            for remedy in choice.remedies or ([] if choice.fits else [Remedy("nothing in this plan", None)])
-        ]
+        helps = []
+        for choice in self.choices:
+            found: list[tuple[str, int | None]] = [(r.text, r.peak_bytes) for r in choice.remedies]
+            for text, peak in found or ([] if choice.fits else [("nothing in this plan", None)]):
+                helps.append({"what does not fit": str(choice.way), "what helps": text, "peak": peak})
         if helps:
             tables.append(Table(rows=helps, formats={"peak": "bytes"}))
         return tables
@@ -110,7 +110,10 @@ class MemoryPlan:
         """Everything as JSON can hold it; sizes in bytes."""
         choices = [
             row
-            | {"peak at": choice.report.peak_at, "remedies": [dataclasses.asdict(r) for r in choice.remedies]}
+            | {
+                "peak at": choice.report.peak_at,
+                "remedies": [{"text": r.text, "peak_bytes": r.peak_bytes} for r in choice.remedies],
+            }
             for row, choice in zip(self.rows, self.choices, strict=True)
         ]
         return {"title": self.title, "budget": self.budget, "choices": choices, "notes": list(self.notes)}
@@ -148,11 +151,13 @@ def plan_memory(
     autocast: torch.dtype | None = None,
     device: str | torch.device | None = "cuda",
     ranks: Sequence[int] = RANKS,
+    progress: bool | None = None,
 ) -> MemoryPlan:
     """Estimate a training step under every method, batch size, length and checkpointing, against a budget.
 
-    For each method the largest batch that fits is searched, and for each row that does not fit the plan names what
-    helps, cheapest first: micro-batches with accumulation, checkpointing, both, another method, sharding over n ranks.
+    For each method, length and checkpointing the largest batch that fits is searched, and for each row that does not
+    fit the plan names what helps, cheapest first: equal micro-batches that are accumulated, checkpointing, another
+    method, sharding over n ranks (each of which takes the row's batch), and combinations that spare micro-batches.
 
     Args:
         factory: makes the model; called on the meta device, so that no memory is used.
@@ -168,14 +173,16 @@ def plan_memory(
         loss: the forward's output -> a scalar.
         autocast: a floating type, or None.
         device: "cuda" or "cpu".
-        ranks: numbers of ranks to try sharding over.
+        ranks: numbers of ranks to try sharding over, in this order; () tries none.
+        progress: a bar on stderr that counts estimates (needs tqdm); None shows it in a terminal only.
 
     Returns:
         A :class:`MemoryPlan`: it prints as tables, and has ``rows``, ``to_dict()``, ``bars()`` and ``plot(path)``.
 
     Raises:
-        PeftlibError: the factory makes no module, or cannot make it on the meta device; no size, no method.
-        ProbeError: a step cannot run on fake tensors.
+        PeftlibError: the factory makes no module, or cannot make it on the meta device; an argument is none of these.
+        TargetError: ``checkpointing`` matches nothing in the model.
+        ProbeError: a row's step cannot run on fake tensors.
 
     Example:
         >>> import peftlib
@@ -189,57 +196,64 @@ def plan_memory(
     limit = parse_bytes(budget)
     named = _named(methods)
     examples = Examples(example)
-    sizes, spans = list(batches or (examples.batch,)), list(lengths or (None,))
-    first = examples(sizes[0], spans[0])
-    found: dict[Way, MemoryReport] = {}
+    sizes = _several("batches", [examples.batch] if batches is None else batches, 1)
+    spans = [None] if lengths is None else _several("lengths", lengths, 1)
+    # False and None are one row, and what is several targets is one value
+    twice = [
+        tuple(again) if isinstance(again, (list, set)) else again or None
+        for again in _several("checkpointing", checkpointing)
+    ]
+    over = [] if ranks in ((), []) else _several("ranks", ranks, 2)
+    first = example_of(examples, sizes[0], spans[0])
     models: dict[str, nn.Module] = {}
 
     def model(name: str) -> nn.Module:
         if name not in models:
-            models.clear()  # one at a time; making it anew costs no memory
-            models[name] = _prepared(factory, named[name], first)
+            if not all(p.is_meta for made in models.values() for p in made.parameters()):
+                models.clear()  # one at a time, where they take memory
+            models[name] = prepared(factory, named[name], first)
         return models[name]
 
-    def cost(way: Way) -> MemoryReport:
-        if way not in found:
-            found[way] = estimate_memory(
-                model(way.method),
-                examples(way.batch, way.length),
-                optimizer=optimizer,
-                loss=loss,
-                accumulate=way.accumulate,
-                checkpointing=way.checkpointing,
-                device=device,
-                autocast=autocast,
-            )
-        return found[way]
-
-    def sharded(way: Way, over: int) -> MemoryReport:
-        return ShardedOver(over)(model(way.method), cost(way), optimizer=optimizer)
-
-    costs = Cost(cost, sharded, limit, tuple(named), tuple(checkpointing), tuple(ranks))
-    ways: list[Way] = []
-    notes: dict[str, None] = {}
-    for name in named:
-        for length in spans:
-            for again in checkpointing:
-                row = [Way(name, batch, length, again) for batch in sizes]
-                try:
-                    cost(row[0])
-                except TargetError as error:
-                    if again is not True:
-                        raise
-                    notes[f"without checkpointing: {str(error).partition('.')[0]}"] = None
-                    continue
-                ways += row
-    choices = []
-    for way in ways:
-        report, fits = cost(way), cost(way).peak_bytes <= limit
-        notes |= dict.fromkeys(report.notes)
-        most = largest_batch(costs, way)
-        choices.append(Choice(way, report, fits, most, () if fits else remedies(costs, way)))
+    with bar_on_stderr("estimate", progress) as bar:
+        estimate = estimator(
+            model,
+            examples,
+            told=bar.update if bar is not None else int,
+            optimizer=optimizer,
+            loss=loss,
+            autocast=autocast,
+            device=device,
+        )
+        search = Search(estimate, limit, tuple(named), tuple(twice), tuple(over))
+        choices = []
+        notes: dict[str, None] = {}
+        for name, length, again in itertools.product(named, spans, dict.fromkeys(twice)):
+            ways = [Way(name, batch, length, again) for batch in sizes]
+            try:
+                reports = [estimate(way) for way in ways]
+            except TargetError as error:
+                if again is not True or None not in twice:
+                    raise
+                notes[f"without checkpointing: {str(error).partition('. ')[0].rstrip('.')}"] = None
+                continue
+            most = largest_batch(search, ways[0])
+            for way, report in zip(ways, reports, strict=True):
+                fits = report.peak_bytes <= limit
+                choices.append(Choice(way, report, fits, most, () if fits else remedies(search, way)))
+                notes |= dict.fromkeys(report.notes)
     title = f"One training step against {format_bytes(limit)} ({choices[0].report.device})"
     return MemoryPlan(choices, limit, title, list(notes))
+
+
+def _several(name: str, values: Any, least: int | None = None) -> list[Any]:
+    """A list's different values; whole numbers of ``least`` or more, if that is given."""
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise PeftlibError(f"{name}={values!r}: give a list of one or more, as in {name}=[{least or True}]")
+    for value in values:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if least is not None and not (whole and value >= least):
+            raise PeftlibError(f"{name}={values!r}: {value!r} is no whole number of {least} or more")
+    return [value for place, value in enumerate(values) if value not in values[:place]]
 
 
 def _named(methods: Methods) -> dict[str, Any]:
@@ -254,45 +268,3 @@ def _named(methods: Methods) -> dict[str, Any]:
     if not named:
         raise PeftlibError("methods= is empty: name at least one, as in {'lora': LoRA(rank=8)}")
     return named
-
-
-def build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
-    """The factory's model, made on the meta device; a warning if it has real parameters all the same.
-
-    Raises:
-        PeftlibError: it is no factory of modules, or does not work on meta.
-
-    Example:
-        >>> build_on_meta(lambda: nn.Linear(10**6, 10**6)).weight.device
-        device(type='meta')
-    """
-    if isinstance(factory, nn.Module) or not callable(factory):
-        raise PeftlibError(
-            f"the factory is {type(factory).__name__}: give a function without arguments that makes the model, so that "
-            "it can be made on the meta device"
-        )
-    try:
-        with torch.device("meta"):
-            model = factory()
-    except Exception as error:
-        raise PeftlibError(
-            f"the factory does not work on the meta device ({type(error).__name__}: {error}). Where it needs values, "
-            "let it make them under torch.device('cpu')"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise PeftlibError(f"the factory gave {type(model).__name__}, no nn.Module: return the model")
-    real = sum(p.nbytes for p in model.parameters() if not p.is_meta)
-    if real:
-        warnings.warn(
-            f"the factory allocates {format_bytes(real)} of real parameters although it is called on the meta device: "
-            "make the model from its configuration, and load no weights in it",
-            stacklevel=2,
-        )
-    return model
-
-
-def _prepared(factory: Callable[[], nn.Module], method: Any, example: Any) -> nn.Module:
-    model = build_on_meta(factory)
-    if method is not None:
-        attach(model, method, example=example)
-    return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from peftlib.errors import PeftlibError, TargetError
+from peftlib.errors import PeftlibError, ProbeError, TargetError
+from peftlib.memory.estimate import CUDA_BLOCK
 from peftlib.memory.lives import BACKWARD, FORWARD, RECOMPUTATION, STEP
 from peftlib.memory.report import MemoryReport
 from peftlib.memory.step import chosen_modules
+from peftlib.memory.storages import storages_of
+from peftlib.report import format_bytes
 
 Group = list[nn.Parameter]
+Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
 @dataclass(frozen=True)
@@ -74,17 +79,19 @@ class ShardedOver:
             optimizer: as for the estimate.
 
         Raises:
-            PeftlibError: the report has no timeline.
+            PeftlibError: the report has no timeline, or counts other weights than the model has.
+            ProbeError: the optimizer cannot step on fake tensors.
         """
         if report.timeline is None:
             raise PeftlibError(
                 "a report without a timeline cannot be sharded: give the one that estimate_memory gave"
             )
-        if self.ranks == 1:
-            return report
         *blocks, root = self._groups(model)
         parameters = [p for group in (*blocks, root) for p in group]
         trained = [p for p in parameters if p.requires_grad]
+        _check_weights(model, report)
+        if self.ranks == 1:
+            return report
         ours, ours_trained = self._shards(parameters), self._shards(trained)
         buffers = report.frozen_bytes + report.trained_bytes - _bytes(parameters)
         largest = max(map(_bytes, blocks), default=0)
@@ -96,7 +103,8 @@ class ShardedOver:
         }
         whole[RECOMPUTATION] = whole[BACKWARD]
         share = ours_trained / max(_bytes(trained), 1)
-        state = 0 if optimizer is None else self._state_bytes(trained, optimizer)
+        shapes = tuple((self._shape(p), p.dtype) for p in trained)
+        state = _state_bytes(shapes, optimizer) if optimizer is not None and shapes else 0
         fixed = {
             "frozen_bytes": buffers + ours - ours_trained,
             "trained_bytes": ours_trained,
@@ -150,19 +158,36 @@ class ShardedOver:
     def _shards(self, parameters: Group) -> int:
         return sum(torch.Size(self._shape(p)).numel() * p.element_size() for p in parameters)
 
-    def _state_bytes(
-        self, trained: Group, optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    ) -> int:
-        with FakeTensorMode():
-            shards = [nn.Parameter(torch.empty(self._shape(p), dtype=p.dtype)) for p in trained]
-            for shard in shards:
-                shard.grad = torch.empty_like(shard)
-            if not shards:
-                return 0
+
+@functools.lru_cache(maxsize=64)
+def _state_bytes(shapes: Shapes, optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> int:
+    """Bytes of the optimizer's state of such parameters, after a step."""
+    with FakeTensorMode():
+        shards = [nn.Parameter(torch.empty(shape, dtype=dtype)) for shape, dtype in shapes]
+        for shard in shards:
+            shard.grad = torch.empty_like(shard)
+        try:
             chosen = optimizer(shards)
             chosen.step()
-            state = pytree.tree_leaves(list(chosen.state.values()))
-            return sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
+        except Exception as error:
+            raise ProbeError(
+                f"the optimizer cannot step on shards of fake tensors ({type(error).__name__}: {error}): give "
+                "optimizer=None, and add what its state needs"
+            ) from error
+    state = pytree.tree_leaves(list(chosen.state.values()))
+    return sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
+
+
+def _check_weights(model: nn.Module, report: MemoryReport) -> None:
+    """The report counts storages, in whole blocks; of another model it would leave negative or foreign bytes."""
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {s._cdata: s.nbytes() for tensor in tensors for s in storages_of(tensor)}
+    has, counted = sum(storages.values()), report.frozen_bytes + report.trained_bytes
+    if not has <= counted <= has + CUDA_BLOCK * len(storages):
+        raise PeftlibError(
+            f"the report counts {format_bytes(counted)} of weights, {type(model).__name__} has {format_bytes(has)}: "
+            "give the model that was estimated, or measure_memory(step, model=model)"
+        )
 
 
 def _bytes(parameters: Group) -> int:

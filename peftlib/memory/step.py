@@ -84,8 +84,9 @@ def chosen_modules(model: nn.Module, where: Any) -> dict[str, nn.Module]:
         names = repeated_blocks(tree)
         if not names:
             raise TargetError(
-                f"checkpointing=True takes the repeated blocks of a model, and {type(model).__name__} has no module "
-                "list of like blocks. Name the modules to compute twice: checkpointing='encoder.*'."
+                f"checkpointing=True takes the repeated blocks of a model, and {type(model).__name__} has none: no "
+                "module list or sequence of two or more modules of one class that have layers inside. Name the "
+                "modules to compute twice: checkpointing='encoder.*'."
             )
     else:
         names = []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from peftlib import PeftlibError
+from peftlib.progress import bar_on_stderr
 from peftlib.report import format_bytes
 
 
@@ -95,29 +96,20 @@ def progress_bar(
     total: int, done: int, shown: bool | None
 ) -> Iterator[Callable[[Mapping[str, Any], float], None]]:
     """A function of (row, its seconds) that moves a bar with loss, rate, targets per second and memory."""
-    bar: Any = None
-    if shown or (shown is None and sys.stderr.isatty()):
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
+    with bar_on_stderr("step", shown, total, done) as bar:
 
-            bar = tqdm(total=total, initial=done, unit="step")
+        def show(row: Mapping[str, Any], seconds: float) -> None:
+            if bar is not None:
+                speed = row["targets"] / max(seconds, 1e-9)
+                numbers = {
+                    "loss": f"{row['loss']:.4g}",
+                    "rate": f"{row['rate']:.3g}",
+                    "targets/s": f"{speed:.4g}",
+                }
+                bar.set_postfix({**numbers, "memory": format_bytes(_peak())}, refresh=False)
+                bar.update()
 
-    def show(row: Mapping[str, Any], seconds: float) -> None:
-        if bar is not None:
-            speed = row["targets"] / max(seconds, 1e-9)
-            numbers = {
-                "loss": f"{row['loss']:.4g}",
-                "rate": f"{row['rate']:.3g}",
-                "targets/s": f"{speed:.4g}",
-            }
-            bar.set_postfix({**numbers, "memory": format_bytes(_peak())}, refresh=False)
-            bar.update()
-
-    try:
         yield show
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def _peak() -> int:
