@@ -1,7 +1,7 @@
 """Stacked bars, stacked areas and curves: in a file, with matplotlib, or as lines of text.
 
-A figure has one colour per series, in the order in which they are given. Left out on purpose: windows (a figure goes
-to a file), and everything that a caller can do with the numbers himself.
+A figure has one colour per series: the one that is named for it, else in the order in which they are given. Left out
+on purpose: windows (a figure goes to a file), and everything that a caller can do with the numbers himself.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def bar_chart(
     unit: str = "",
     *,
     limit: float | None = None,
+    colors: Mapping[str, str] | None = None,
 ) -> None:
     """Draw stacked horizontal bars into a file, one bar per label, one colour per series.
 
@@ -36,9 +37,10 @@ def bar_chart(
         title: what is shown and on which machine.
         unit: unit of the values, on the axis; "bytes" shows KiB, MiB, ... as the longest bar needs.
         limit: a value to mark with a line.
+        colors: name of a series -> its colour, where figures are to be compared.
 
     Raises:
-        PeftlibError: a series has another length than the labels, or matplotlib is missing.
+        PeftlibError: a series has another length than the labels, or as :func:`check_file`.
 
     Example:
         >>> import tempfile
@@ -48,19 +50,26 @@ def bar_chart(
         ...     )
     """
     _check(labels, series)
-    figure = _figure(8, 1.2 + 0.45 * max(len(labels), 1))
+    figure = _figure(path, 8, 1.2 + 0.45 * max(len(labels), 1))
     totals = [sum(map(abs, bar)) for bar in zip(*series.values(), strict=True)]
-    scale, unit = _scale(max([*totals, limit or 0]), unit)
+    scale, shown = _scale(max([*totals, limit or 0]), unit)
     axes = figure.add_subplot()
     left = [0.0] * len(labels)
     for name, values in series.items():
-        axes.barh(range(len(labels)), [value / scale for value in values], left=left, label=name)
+        axes.barh(
+            range(len(labels)),
+            [value / scale for value in values],
+            left=left,
+            label=name,
+            color=(colors or {}).get(name),
+        )
         left = [start + value / scale for start, value in zip(left, values, strict=True)]
     if limit is not None:
-        axes.axvline(limit / scale, color="black", linestyle="--", linewidth=1, label="limit")
+        size = format_bytes(limit) if unit == "bytes" else f"{limit:g} {unit}".rstrip()
+        axes.axvline(limit / scale, color="black", linestyle="--", linewidth=1, label=f"limit, {size}")
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel(unit)
+    axes.set_xlabel(shown)
     axes.set_title(title)
     if len(series) > 1:
         figure.legend(loc="outside right upper")
@@ -73,6 +82,8 @@ def area_chart(
     spans: Sequence[tuple[int, str]] = (),
     title: str = "",
     unit: str = "",
+    *,
+    colors: Mapping[str, str] | None = None,
 ) -> None:
     """Draw values over time into a file, one area upon the other.
 
@@ -82,9 +93,10 @@ def area_chart(
         spans: (first instant, name) of the stretches to tell apart; each ends where the next begins.
         title: what is shown and on which machine.
         unit: unit of the values; "bytes" shows KiB, MiB, ... as the highest value needs.
+        colors: name of a series -> its colour, where figures are to be compared.
 
     Raises:
-        PeftlibError: series of different lengths, or matplotlib is missing.
+        PeftlibError: series of different lengths, or as :func:`check_file`.
 
     Example:
         >>> import tempfile
@@ -95,11 +107,12 @@ def area_chart(
     """
     length = len(next(iter(series.values()), ()))
     _check(range(length), series)
-    figure = _figure(9, 4.5)
+    figure = _figure(path, 9, 4.5)
     scale, unit = _scale(max(map(sum, zip(*series.values(), strict=True)), default=0), unit)
     axes = figure.add_subplot()
     values = [[value / scale for value in one] for one in series.values()]
-    axes.stackplot(range(length), *values, labels=list(series), step="post", linewidth=0)
+    chosen = [colors[name] for name in series] if colors else None
+    axes.stackplot(range(length), *values, labels=list(series), colors=chosen, step="post", linewidth=0)
     ends = [*(start for start, _ in spans[1:]), length]
     for (start, name), end in zip(spans, ends, strict=True):
         axes.axvline(start, color="black", linewidth=0.5, alpha=0.5)
@@ -128,14 +141,14 @@ def line_chart(
         unit: what x counts.
 
     Raises:
-        PeftlibError: matplotlib is missing.
+        PeftlibError: as :func:`check_file`.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     line_chart(f"{folder}/loss.svg", {"loss": [(0, 2.0), (1, 1.5)]}, unit="step")
     """
-    figure = _figure(8, 4.5)
+    figure = _figure(path, 8, 4.5)
     axes = figure.add_subplot()
     for name, points in series.items():
         # few points are dots too: a line through one would be nothing
@@ -201,7 +214,16 @@ def _check(labels: Sequence[Any], series: Mapping[str, Sequence[float]]) -> None
             )
 
 
-def _figure(width: float, height: float) -> Any:
+def check_file(path: str | Path) -> None:
+    """Whether a figure can be drawn into a file, known before the work for it.
+
+    Raises:
+        PeftlibError: there is no such folder, no such format, or matplotlib is missing.
+    """
+    _figure(path, 1, 1)
+
+
+def _figure(path: str | Path, width: float, height: float) -> Any:
     try:
         # the figure class alone: pyplot would keep the figure and choose a window system
         from matplotlib.figure import Figure
@@ -209,7 +231,13 @@ def _figure(width: float, height: float) -> Any:
         raise PeftlibError(
             "drawing needs matplotlib, which is not installed: pip install 'peftlib[plot]'"
         ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise PeftlibError(f"{path} cannot be drawn: there is no folder {path.parent}")
+    if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes() or path.is_dir():
+        raise PeftlibError(f"{path} cannot be drawn: give a file that ends in .png, .svg or .pdf")
+    return figure
 
 
 def _write(figure: Any, path: str | Path) -> None:

@@ -35,13 +35,21 @@ METHODS: dict[str, Callable[[Options], Any]] = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def positive(text: str) -> int:
+    """An option's whole number of 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """The options that ``METHODS`` reads."""
     add = parser.add_argument
     add("--targets", nargs="+", metavar="GLOB", help="where the method goes; default: its own")
-    add("--rank", type=int, default=8, help="of lora and dora (default 8)")
-    add("--dim", type=int, default=64, help="bottleneck of the adapter (default 64)")
-    add("--virtual", type=int, default=20, help="length of prefixes and prompts (default 20)")
+    add("--rank", type=positive, default=8, help="of lora and dora (default 8)")
+    add("--dim", type=positive, default=64, help="bottleneck of the adapter (default 64)")
+    add("--virtual", type=positive, default=20, help="length of prefixes and prompts (default 20)")
 
 
 def function_of(given: str) -> tuple[Callable[..., Any], Any]:

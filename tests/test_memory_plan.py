@@ -1,12 +1,9 @@
-"""What fits a budget: the table, its arguments, examples of other sizes, the shell."""
+"""What fits a budget: the table, its arguments."""
 
 import contextlib
 import functools
 import json
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +16,6 @@ from peftlib.errors import PeftlibError, ProbeError
 from peftlib.memory import estimate_memory, plan_memory
 from peftlib.memory import plan as plan_module
 from peftlib.memory import ways as ways_module
-from peftlib.memory.cli import main
-from peftlib.memory.examples import Examples
 from peftlib.memory.remedies import largest_batch
 from tests.zoo import Decoder
 
@@ -265,7 +260,7 @@ def test_buffers_on_real_memory_are_warned_of():
         def forward(self, x):
             return self.linear(x)
 
-    with pytest.warns(UserWarning, match="allocates 2.0 MiB of real weights"):
+    with pytest.warns(UserWarning, match="allocates 2.0 MiB of real tensors"):
         plan_memory(
             lambda: Table(2**19), torch.ones(2, 2), {"full": None}, device="cpu", checkpointing=(None,)
         )
@@ -291,112 +286,38 @@ def test_wrong_arguments():
         plan_memory(deep, batch(2), [LoRA(), LoRA(rank=4)])
 
 
-def test_a_factory_that_allocates_is_warned():
-    def factory():
+class Keeps(nn.Linear):
+    """A real tensor under any name."""
+
+    def __init__(self, kind):
+        super().__init__(2, 2)
         with torch.device("cpu"):
-            return nn.Linear(256, 1024)
-
-    with pytest.warns(UserWarning, match="allocates 1.0 MiB of real weights"):
-        plan_memory(factory, torch.ones(2, 256), {"full": None}, device="cpu", checkpointing=(None,))
-
-
-# --- examples of other sizes ---------------------------------------------------------------------------------------
-
-
-def test_resized_examples():
-    example = {
-        "ids": torch.zeros(2, 7, dtype=torch.long),
-        "mask": torch.ones(2, 1, 7, 7),
-        "positions": torch.arange(7)[None],
-        "scale": torch.tensor(1.0),
-        "use_cache": False,
-    }
-    resized = Examples(example)(5, 9)
-    assert {k: tuple(v.shape) for k, v in resized.items() if isinstance(v, torch.Tensor)} == {
-        "ids": (5, 9),
-        "mask": (5, 1, 9, 9),
-        "positions": (1, 9),
-        "scale": (),
-    }
-    assert resized["use_cache"] is False
-    assert Examples(example)(2, 7) == example
-    image = Examples(torch.zeros(4, 3, 8, 8))
-    assert (image.batch, image.length) == (4, None)
-    assert image(6, None)[0].shape == (6, 3, 8, 8)
+            table = torch.zeros(2**19)
+        if kind == "parameter":
+            self.table = nn.Parameter(table)
+        elif kind == "buffer":
+            self.register_buffer("table", table)
+        else:
+            self.table, self.kept = table[:5], {"rows": [table, table.view(2, -1)]}
 
 
-def test_examples_that_cannot_be_resized():
-    with pytest.raises(PeftlibError, match="shows no sequence"):
-        Examples(torch.zeros(4, 3, 8, 8))(4, 16)
-    with pytest.raises(PeftlibError, match=r"two axes of the example's first tensor \(4, 4\)"):
-        Examples(torch.zeros(4, 4, dtype=torch.long))(4, 16)
-    with pytest.raises(PeftlibError, match="without a tensor"):
-        Examples({"text": "hello"})
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "attribute"])
+def test_a_factory_that_allocates_is_warned_once(kind):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        methods = {"full": None, "lora": LoRA(rank=1), "again": LoRA(rank=2)}
+        plan_memory(
+            lambda: Keeps(kind), torch.ones(2, 2), methods, "9MiB", device="cpu", checkpointing=(None,)
+        )
+    (only,) = [str(warning.message) for warning in caught if "factory" in str(warning.message)]
+    assert only.startswith("the factory allocates 2.0 MiB of real tensors")
 
 
-# --- the shell -----------------------------------------------------------------------------------------------------
+def test_a_factorys_own_error_is_shown():
+    def factory():
+        raise KeyError("width")
 
-FILE = """
-import torch
-from torch import nn
-
-def build():
-    return nn.Sequential(nn.Embedding(50, 16), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), nn.Linear(16, 50))
-
-def broken():
-    raise KeyError("weights")
-
-number = 3
-"""
-
-
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "my_model.py"
-    path.write_text(FILE)
-    return path
-
-
-def test_the_command(file, tmp_path):
-    command = [
-        *(sys.executable, "-W", "error", "-m", "peftlib.memory", f"{file}:build"),
-        *("--method", "lora", "--method", "full", "--rank", "2", "--batch", "4", "64", "--length", "8"),
-        *("--budget", "100KiB", "--plot", str(tmp_path / "plan.png")),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(peftlib.__file__).parent.parent)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("One training step against 100.0 KiB (cuda)")
-    assert "what helps" in done.stdout
-    assert "█ weights" in done.stdout
-    for name in ("plan.png", "plan-lora.png", "plan-full.png"):
-        assert (tmp_path / name).stat().st_size > 1000
-        assert name in done.stderr
-
-
-def test_json_and_an_example_of_the_files_own(file, capsys):
-    file.write_text(FILE + "def example(batch): return torch.zeros(batch, 3, dtype=torch.long)\n")
-    arguments = [f"{file}:build", "--method", "lora", "--targets", "2", "--dtype", "bfloat16", "--json"]
-    assert main([*arguments, "--checkpointing", "no", "--optimizer", "sgd", "--autocast", "bfloat16"]) == 0
-    (choice,) = json.loads(capsys.readouterr().out)["choices"]
-    assert (choice["method"], choice["length"], choice["optimizer"]) == ("lora", None, 0)
-
-
-@pytest.mark.parametrize(
-    "model, message",
-    [
-        ("nowhere.py:build", "give an existing file"),
-        ("build", "give an existing file"),
-        ("FILE:missing", "no function 'missing'"),
-        ("FILE:number", "no function 'number'"),
-        ("FILE:broken", "KeyError: 'weights'"),
-    ],
-)
-def test_wrong_models(file, model, message, capsys):
-    assert main([model.replace("FILE", str(file))]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_file_that_does_not_import(tmp_path, capsys):
-    (tmp_path / "bad.py").write_text("import nothing_of_that_name")
-    assert main([f"{tmp_path / 'bad.py'}:build"]) == 2
-    assert "cannot be imported (ModuleNotFoundError" in capsys.readouterr().err
+    with pytest.raises(
+        PeftlibError, match=r"the factory raised KeyError: 'width' \(test_memory_plan.py, line \d+\)"
+    ):
+        plan_memory(factory, batch(2), METHODS)

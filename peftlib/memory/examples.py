@@ -17,12 +17,13 @@ class Examples:
     """Examples of one kind for any batch and length.
 
     Args:
-        example: a forward's arguments as elsewhere (a tensor, a tuple, a dict). Every first axis as long as the first
-            tensor's counts as the batch, every later axis as long as its second as the sequence, if it holds ids (B, T)
-            or vectors (B, T, D). Or a function ``(batch, length) -> example``, which needs no such guess.
+        example: a forward's arguments as elsewhere (a tensor, a tuple, a dict). The tensors' first axes are the batch,
+            but for 1 and what is another tensor's sequence, as in a (T, T) mask. If the first tensor of that batch
+            holds ids (B, T) or vectors (B, T, D), every other axis as long as its second is the sequence. Or a function
+            ``(batch, length) -> example``, which needs no such guess.
 
     Raises:
-        PeftlibError: there is no tensor in it.
+        PeftlibError: there is no tensor in it, or the tensors' first axes differ.
     """
 
     def __init__(self, example: Any):
@@ -40,8 +41,9 @@ class Examples:
                 f"the example is {type(example).__name__} without a tensor in it: give a tensor, a tuple or a dict of "
                 "them, or a function (batch, length) -> example"
             )
-        first = tensors[0]
-        self.batch, self._shape = first.shape[0], first.shape
+        self.batch = _batch(tensors)
+        first = next(tensor for tensor in tensors if tensor.shape[0] == self.batch)
+        self._shape = first.shape
         if (first.dim() == 2 and not first.is_floating_point()) or first.dim() == 3:
             self.length = first.shape[1]
 
@@ -69,13 +71,32 @@ class Examples:
                 )
 
         def resized(tensor: Tensor) -> Tensor:
-            shape = list(tensor.shape)
-            if shape and shape[0] == self.batch:
-                shape[0] = batch
-            if length is not None:
-                shape[1:] = [length if size == self.length else size for size in shape[1:]]
+            shape = [
+                batch
+                if axis == 0 and size == self.batch
+                else length
+                if length and size == self.length
+                else size
+                for axis, size in enumerate(tensor.shape)
+            ]
             if shape == list(tensor.shape):
                 return tensor
             return torch.empty(shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
 
         return pytree.tree_map_only(Tensor, resized, self._example)
+
+
+def _batch(tensors: list[Tensor]) -> int:
+    """The size that is the batch's."""
+    many = [tensor.shape for tensor in tensors if tensor.dim() > 1] or [tensor.shape for tensor in tensors]
+    firsts = {shape[0] for shape in many}
+    later = {size for shape in many for size in shape[1:] if shape[0] != size}
+    # but for what is another tensor's sequence, and for what one tensor has for all rows
+    found = firsts - later
+    found = found - {1} or found
+    if len(found) == 1:
+        return found.pop()
+    raise PeftlibError(
+        f"the example's tensors begin with axes of {' and '.join(map(str, sorted(firsts)))}, so the batch cannot be "
+        f"told: {', '.join(str(tuple(shape)) for shape in many)}. Give a function (batch, length) -> example instead"
+    )

@@ -17,7 +17,7 @@ from peftlib.memory.estimate import Optimizers
 from peftlib.memory.examples import Examples
 from peftlib.memory.factory import prepared
 from peftlib.memory.remedies import Remedy, Search, largest_batch, remedies
-from peftlib.memory.report import MemoryReport
+from peftlib.memory.report import COLORS, MemoryReport
 from peftlib.memory.ways import Way, estimator, example_of
 from peftlib.methods.base import Method
 from peftlib.progress import bar_on_stderr
@@ -104,7 +104,7 @@ class MemoryPlan:
         Raises:
             PeftlibError: matplotlib is missing.
         """
-        bar_chart(path, self._labels(), self._series(), self.title, "bytes", limit=self.budget)
+        bar_chart(path, self._labels(), self._series(), self.title, "bytes", limit=self.budget, colors=COLORS)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it; sizes in bytes."""
@@ -206,12 +206,13 @@ def plan_memory(
     over = [] if ranks in ((), []) else _several("ranks", ranks, 2)
     first = example_of(examples, sizes[0], spans[0])
     models: dict[str, nn.Module] = {}
+    first_time = itertools.chain([True], itertools.repeat(False))
 
     def model(name: str) -> nn.Module:
         if name not in models:
             if not all(p.is_meta for made in models.values() for p in made.parameters()):
                 models.clear()  # one at a time, where they take memory
-            models[name] = prepared(factory, named[name], first)
+            models[name] = prepared(factory, named[name], first, warn=next(first_time))
         return models[name]
 
     with bar_on_stderr("estimate", progress) as bar:

@@ -22,6 +22,20 @@ PARTS = {
     "input_bytes": "inputs",
 }
 MODULES_SHOWN = 8
+COLORS = {
+    "frozen weights": "#1b3a5c",
+    "weights": "#2f6690",
+    "trained weights": "#5fa8d3",
+    "gradients": "#f4a259",
+    "optimizer state": "#8cb369",
+    "optimizer": "#8cb369",
+    "activations": "#bc4b51",
+    "temporaries": "#a7a7a7",
+    "other": "#a7a7a7",
+    "inputs": "#d9d9d9",
+}
+"""The same part has the same colour in every figure."""
+REPEATED = "backward and recomputation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +123,21 @@ class MemoryReport:
         """Draw the parts of the peak as one stacked bar into a file (.png, .svg, .pdf).
 
         Raises:
-            PeftlibError: matplotlib is missing.
+            PeftlibError: the file cannot be drawn.
         """
         series = {label: [getattr(self, name)] for name, label in PARTS.items()}
-        bar_chart(path, [self.device], series, f"peak of one step: {self.peak_at}", "bytes")
+        title = f"peak of one step: {format_bytes(self.peak_bytes)} in the {self.peak_at}"
+        bar_chart(path, [self.device], series, title, "bytes", colors=COLORS)
 
-    def plot_timeline(self, path: str | Path) -> None:
+    def plot_timeline(self, path: str | Path, title: str = "one step") -> None:
         """Draw the live bytes through the step, part upon part, into a file (.png, .svg, .pdf).
 
+        Args:
+            path: the file.
+            title: what was run; device, peak and its place are added.
+
         Raises:
-            PeftlibError: matplotlib is missing, or the report has no timeline (it was put together from others).
+            PeftlibError: the file cannot be drawn, or the report has no timeline (it was put together from others).
         """
         if self.timeline is None:
             raise PeftlibError(
@@ -126,8 +145,9 @@ class MemoryReport:
                 "report that estimate_memory or measure_memory gave"
             )
         series = {label: self.timeline.parts[name] for name, label in PARTS.items()}
-        title = f"live bytes through one step ({self.device}), peak in the {self.peak_at}"
-        area_chart(path, series, self.timeline.phases, title, "bytes")
+        peak = f"{format_bytes(self.peak_bytes)} in the {self.peak_at}"
+        title = f"live bytes through {title} ({self.device})\npeak {peak}"
+        area_chart(path, series, _spans(self.timeline.phases), title, "bytes", colors=COLORS)
 
     def compare(self, other: MemoryReport, names: tuple[str, str] = ("this", "other")) -> Table:
         """A table of the parts of two reports and their difference, with the operators that only one called.
@@ -201,3 +221,14 @@ class MemoryReport:
 
     def _repr_html_(self) -> str:
         return "".join(table._repr_html_() for table in self.tables())
+
+
+def _spans(phases: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Phases to name in a figure: recomputed blocks, which alternate with their backward, in one."""
+    spans: list[tuple[int, str]] = []
+    for start, phase in phases:
+        if spans and {spans[-1][1], phase} <= {"backward", "recomputation", REPEATED}:
+            spans[-1] = (spans[-1][0], REPEATED)
+        else:
+            spans.append((start, phase))
+    return spans
