@@ -81,8 +81,8 @@ class _CausalPrefix(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> Any:
         query, key, value, own_key, own_value, out, total_BHT = ctx.saved_tensors
         if torch.is_grad_enabled():  # torch's kernel has no second derivative
-            tensors: Any = [t.view_as(t) for t in (query, key, value, own_key, own_value)]
-            twin = reference.causal_prefix(*tensors, ctx.scale)
+            tensors = [t.view_as(t) for t in (query, key, value, own_key, own_value)]
+            twin = reference.causal_prefix(*tensors, scale=ctx.scale)
             needs = ctx.needs_input_grad
             wanted = [t for t, need in zip(tensors, needs, strict=False) if need]
             grads = iter(torch.autograd.grad(twin, wanted, dout, create_graph=True))

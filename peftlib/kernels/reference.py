@@ -53,6 +53,7 @@ def causal_prefix(
     value: Tensor,
     own_key: Tensor,
     own_value: Tensor,
+    *,
     scale: float | None = None,
 ) -> Tensor:
     """``softmax([q Kₚᵀ, causal(q Kᵀ)] · scale) [Vₚ; V]`` for (B, H, T, E) and a prefix (B, H, P, E)."""

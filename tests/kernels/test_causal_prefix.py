@@ -49,7 +49,7 @@ def scoped(t: dict[str, Tensor], **options: Any) -> Tensor:
 def naive(t: dict[str, Tensor], scale: float | None = None) -> Tensor:
     query, key, value = t["qkv"].permute(2, 0, 3, 1, 4)
     own = (p.transpose(0, 1).expand(len(query), -1, -1, -1) for p in (t["key"], t["value"]))
-    return reference.causal_prefix(query, key, value, *own, scale)
+    return reference.causal_prefix(query, key, value, *own, scale=scale)
 
 
 @given(
