@@ -25,7 +25,7 @@ class UnknownCase(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """At most this, for every contestant of peftlib's.
+    """At most this, for peftlib, with and without shared inputs.
 
     Attributes:
         at_most: in the case's metric.

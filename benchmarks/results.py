@@ -67,8 +67,8 @@ def _rows(case: dict[str, Any]) -> list[dict[str, Any]]:
                 shown["quartiles"] = " - ".join(_number(row[key], case["metric"]) for key in ("low", "high"))
         if "rate" in row:
             shown["rate"] = f"{row['rate']:.0f}"
-        if "reached" in row:
-            shown |= {**goal, "verdict": "reached" if row["reached"] else "missed"}
+        if "verdict" in row:
+            shown |= {**goal, "verdict": row["verdict"]}
         rows.append(shown)
     rows += [{"case": "", "contestant": name, "run": why} for name, why in case["missing"].items()]
     return rows

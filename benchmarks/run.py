@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.contest import Disagreement, Unavailable
 from benchmarks.machine import about
+from benchmarks.peers import OURS, SHARED
 from benchmarks.plots import draw
 from benchmarks.registry import CASES, Case, UnknownCase, select
 from benchmarks.results import merged, table
@@ -87,8 +88,8 @@ def measure(case: Case, *, rounds: int | None = None, quick: bool = False) -> di
         }
         if case.unit == "ms" and contest.piece == "token":
             row["rate"] = contest.count / spread(values)["median"]
-        if case.target and name.startswith("peftlib") and row["contestant"] != next(iter(samples)):
-            row["reached"] = row["median"] <= case.target.at_most
+        if case.target and name in (OURS, SHARED):
+            row["verdict"] = verdict(row, case.target.at_most)
         result["rows"].append(row)
     return result | {
         "parameters": parameters,
@@ -99,6 +100,17 @@ def measure(case: Case, *, rounds: int | None = None, quick: bool = False) -> di
         "missing": dict(contest.missing),
         "about": about(case.threads, case.device),
     }
+
+
+def verdict(row: dict[str, Any], at_most: float) -> str:
+    """Whether a target is reached; "unclear" where it lies within the quartiles.
+
+    >>> verdict({"low": 1.0, "high": 1.2}, 1.1)
+    'unclear'
+    """
+    if row["high"] <= at_most:
+        return "reached"
+    return "missed" if row["low"] > at_most else "unclear"
 
 
 def family_of(result: dict[str, Any]) -> str:
