@@ -158,4 +158,4 @@ def test_a_plot_is_refused_before_the_work(file, tmp_path, name, message, capsys
 def test_a_file_that_is_no_python(tmp_path, capsys):
     (tmp_path / "model.txt").write_text(FILE)
     assert main([f"{tmp_path / 'model.txt'}:build"]) == 2
-    assert "has to end in .py" in capsys.readouterr().err
+    assert "is no Python file" in capsys.readouterr().err

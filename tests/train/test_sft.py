@@ -121,7 +121,6 @@ WRONG = [
     (["--lr", "-1"], "--lr or --weight-decay: Invalid learning rate"),
     (["--clip", "-1"], "clip=-1.0"),
     (["--batch", "0"], "at least one of each"),
-    (["--rank", "0"], "rank"),
     (["--device", "nowhere"], "--device nowhere is not to be had here"),
     (["--parallel", "ddp"], "start the program with torchrun"),
     (["--plot", "loss.nothing", "--steps", "1"], "cannot be drawn"),
@@ -134,6 +133,13 @@ def test_mistakes_are_named_in_a_line(folder, capsys, options, message):
         pytest.importorskip("tokenizers")
     assert main([*BASIC, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--rank", "--dim", "--virtual"])
+def test_sizes_are_positive(folder, capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        main([*BASIC, option, "0"])
+    assert f"argument {option}: 0 is below 1" in capsys.readouterr().err
 
 
 def test_a_tokenizers_file(folder, capsys):
