@@ -19,14 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from peftlib.kernels import reference
-from peftlib.kernels.dropout import draw_seed, dropped, with_spare, zeroed
+from peftlib.kernels import gpu, reference
+from peftlib.kernels.products import ByCounter, Whole, dropping, rank_gradients, rows
 
-_PLAIN = (Tensor, nn.Parameter, FakeTensor)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FEW = 32
 """Rows up to which an autograd function costs more time than it saves."""
@@ -61,12 +59,14 @@ def low_rank_linear(
         a, b = a.to(x.dtype), b.to(x.dtype)
     if not torch.is_grad_enabled():
         y = F.linear(x, weight, bias)
-        s_RN = F.linear(a, rows(_drop(x, p, worth) if p else x))
-        rows(y).t().addmm_(b, s_RN, alpha=scaling)
+        if p and worth:  # as with grad: a reentrant checkpoint runs it both ways and needs the same
+            rows(y).t().addmm_(b, dropping(p, x, a).shrink(rows(x), a, scaling))
+        else:
+            rows(y).t().addmm_(b, F.linear(a, rows(F.dropout(x, p) if p else x)), alpha=scaling)
         return y
     if not worth:
         return _composed(F.linear(x, weight, bias), x, a, b, scaling, p)
-    return _LowRank.apply(x, a, b, weight, bias, None, scaling, p, draw_seed() if p else 0)
+    return _LowRank.apply(x, a, b, weight, bias, None, scaling, dropping(p, x, a))
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float = 0.0) -> Tensor:
@@ -90,9 +90,10 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: 
         if a.dtype is not x.dtype:
             a, b = a.to(x.dtype), b.to(x.dtype)
         if worth and torch.is_grad_enabled():
-            return _LowRank.apply(x, a, b, None, None, y, scaling, p, draw_seed() if p else 0)
+            return _LowRank.apply(x, a, b, None, None, y, scaling, dropping(p, x, a))
         if worth and p:
-            return _composed(y, _drop(x, p, worth), a, b, scaling, 0.0)
+            s_RN = dropping(p, x, a).shrink(rows(x), a, scaling)
+            return torch.addmm(rows(y), s_RN.t(), b.t()).view(y.shape)
     return _composed(y, x, a, b, scaling, p)
 
 
@@ -101,23 +102,21 @@ def pays(x: Tensor, a: Tensor) -> bool:
     return a.requires_grad and x.numel() > FEW * x.shape[-1]
 
 
-def _drop(x: Tensor, p: float, seeded: bool) -> Tensor:
-    """Dropout as the call would do it with grad: a reentrant checkpoint runs it both ways and needs the same."""
-    if not seeded:
-        return F.dropout(x, p)
-    return zeroed(x, dropped(draw_seed(), x.numel(), p, x.device)).mul_(1 / (1 - p))
-
-
 def _composed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float) -> Tensor:
-    """``y`` plus the update in plain operators."""
-    x = F.dropout(x, p) if p else x
+    """``y`` plus the update in operators that anything can look into: autograd, a compiler, a transform."""
     if a.dtype is x.dtype is y.dtype and autocast_dtype(x) is None:
         if torch.compiler.is_compiling() and y.shape[:-1] == x.shape[:-1]:
+            if p and gpu.ready(x, a, len(a)):
+                s_RN = ByCounter(p, x).shrink(rows(x), a, 1.0)
+            else:
+                s_RN = F.linear(a, rows(F.dropout(x, p) if p else x))
             # The layout of the autograd function: with Bᵀ contiguous, the backward that autograd derives has it too.
-            s_RN = F.linear(a, rows(x))
             return torch.addmm(rows(y), s_RN.t(), b.t().contiguous(), alpha=scaling).view(y.shape)
+        x = F.dropout(x, p) if p else x
         if x.dim() == y.dim() == 2:
             return torch.addmm(y, F.linear(x, a), b.t(), alpha=scaling)
+    else:
+        x = F.dropout(x, p) if p else x
     # A factor's dtype never becomes the model's.
     return y + reference.low_rank(x, a.to(x.dtype), b.to(x.dtype), scaling).to(y.dtype)
 
@@ -125,8 +124,8 @@ def _composed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: flo
 def fuses(x: Tensor, other: Tensor) -> bool:
     """Whether a custom function and in-place sums are right for these tensors, here and now."""
     return (
-        type(x) in _PLAIN
-        and type(other) in _PLAIN
+        type(x) in gpu.PLAIN
+        and type(other) in gpu.PLAIN
         and x.dtype in _FLOATS
         and x.dtype is other.dtype
         and x.layout is torch.strided
@@ -146,11 +145,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def rows(x: Tensor) -> Tensor:
-    """(..., C) as (N, C), of the same storage where its strides allow."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
 class _LowRank(torch.autograd.Function):
     """With ``weight`` the whole linear map; without it, what is added to ``y``."""
 
@@ -164,14 +158,10 @@ class _LowRank(torch.autograd.Function):
         bias: Tensor | None,
         y: Tensor | None,
         scaling: float,
-        p: float,
-        seed: int,
+        drop: Whole,
     ) -> Tensor:
-        ctx.settings = scaling, p, seed
-        x_NI = rows(x)
-        s_RN = scaled(
-            a, zeroed(x_NI, dropped(seed, x.numel(), p, x.device)) if p else x_NI, scaling / (1 - p)
-        )
+        ctx.scaling, ctx.drop = scaling, drop
+        s_RN = drop.shrink(rows(x), a, scaling)
         if y is None:
             assert weight is not None
             out = F.linear(x, weight, bias)
@@ -190,55 +180,20 @@ class _LowRank(torch.autograd.Function):
             with torch.autocast(kind, enabled=False):
                 return _LowRank.backward(ctx, dy)
         x, a, b, weight, bias, s_RN = ctx.saved_tensors
-        scaling, p, seed = ctx.settings
-        *needs, need_y, _, _, _ = ctx.needs_input_grad
-        rest = dy if need_y else None, None, None, None
-        positions = dropped(seed, x.numel(), p, x.device) if p else None
+        *needs, need_y, _, _ = ctx.needs_input_grad
+        rest = dy if need_y else None, None, None
         if torch.is_grad_enabled():  # the saved S would count as a constant in what is differentiated again
-            return *_differentiable(needs, dy, (x, a, b, weight, bias), scaling, positions, p), *rest
+            return *_differentiable(needs, dy, (x, a, b, weight, bias), ctx.scaling, ctx.drop), *rest
         need_x, need_a, need_b, need_weight, need_bias = needs
-        dx = da = db = dweight = dbias = None
         x_NI, dy_NO = rows(x), rows(dy)
-        if need_x or need_a:
-            g_RN = scaled(b.t(), dy_NO, scaling / (1 - p))
-            if need_a:
-                da = g_RN @ (x_NI if positions is None else zeroed(x_NI, positions))
-            if need_x:
-                dx = _input_gradient(dy_NO, weight, g_RN, a, positions).view(x.shape)
-        if need_b:
-            db = (s_RN @ dy_NO).t()
-        if need_weight:
-            dweight = dy_NO.t() @ x_NI
-        if need_bias:
-            dbias = dy_NO.sum(0)
-        return dx, da, db, dweight, dbias, *rest
-
-
-def scaled(factor_RC: Tensor, rows_NC: Tensor, scaling: float) -> Tensor:
-    """``s factor rowsᵀ``, (R, N)."""
-    if scaling == 1:
-        return F.linear(factor_RC, rows_NC)
-    # beta=0: what the new memory holds is not read
-    out_RN = rows_NC.new_empty(factor_RC.shape[0], rows_NC.shape[0])
-    return out_RN.addmm_(factor_RC, rows_NC.t(), beta=0, alpha=scaling)
-
-
-def _input_gradient(
-    dy_NO: Tensor, weight: Tensor | None, g_RN: Tensor, a: Tensor, positions: Tensor | None
-) -> Tensor:
-    """``dY W + Gᵀ A``, without the second term at the dropped positions and without the first if W is None."""
-    if positions is None:
-        return g_RN.t() @ a if weight is None else (dy_NO @ weight).addmm_(g_RN.t(), a)
-    flat, dx_NI = with_spare(dy_NO.shape[0], a.shape[1], like=a)
-    if weight is None:
-        torch.mm(g_RN.t(), a, out=dx_NI)
-        flat.index_fill_(0, positions, 0)
-    else:
-        torch.mm(dy_NO, weight, out=dx_NI)
-        kept = flat.index_select(0, positions)
-        dx_NI.addmm_(g_RN.t(), a)
-        flat.index_copy_(0, positions, kept)
-    return dx_NI
+        scale = ctx.scaling / ctx.drop.kept
+        dx, da = None, None
+        g_RN, db = rank_gradients(dy_NO, b, s_RN, scale, need_x or need_a, need_b)
+        if g_RN is not None:
+            dx, da = ctx.drop.gradients(x_NI, a, g_RN, dy_NO, weight, need_x, need_a)
+        dweight = dy_NO.t() @ x_NI if need_weight else None
+        dbias = dy_NO.sum(0) if need_bias else None
+        return None if dx is None else dx.view(x.shape), da, db, dweight, dbias, *rest
 
 
 def _differentiable(
@@ -246,8 +201,7 @@ def _differentiable(
     dy: Tensor,
     inputs: Sequence[Tensor | None],
     scaling: float,
-    positions: Tensor | None,
-    p: float,
+    drop: Whole,
 ) -> list[Tensor | None]:
     """The gradients of (x, a, b, weight, bias) as a graph of their own, S computed anew from ``x`` and ``a``."""
     # New views: where x depends on a (a layer called twice), only what this very call contributes.
@@ -255,7 +209,7 @@ def _differentiable(
     assert x is not None
     assert a is not None
     assert b is not None
-    y = reference.low_rank(reference.drop(x, positions, p), a, b, scaling)
+    y = reference.low_rank(drop.naive(x), a, b, scaling)
     if weight is not None:
         y = y + F.linear(x, weight, bias)
     wanted = [t for t, need in zip((x, a, b, weight, bias), needs, strict=True) if need]

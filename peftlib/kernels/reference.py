@@ -28,6 +28,38 @@ def drop(x: Tensor, dropped: Tensor | None, p: float) -> Tensor:
     return x * keep[:-1].view(x.shape) / (1 - p)
 
 
+def philox(counter: tuple[Tensor, ...], key: tuple[int, int], rounds: int) -> tuple[Tensor, ...]:
+    """Philox-4x32 (Salmon et al. 2011): four 32-bit words of each counter, int64 tensors of values below 2^32."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        (high0, low0), (high1, low1) = _multiplied(c0, 0xD2511F53), _multiplied(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _multiplied(c: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    """The high and the low word of a product of words: by 16 bits at a time, since 64 would leave int64."""
+    low, high = c * (by & 0xFFFF), c * (by >> 16)
+    middle = (low >> 16) + (high & 0xFFFF)
+    return (high >> 16) + (middle >> 16), ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def kept_by_counter(seed: Tensor, n: int, i: int, which: int, p: float) -> Tensor:
+    """(n, i) bool: what the Triton kernels keep: 16 bits an element, eight elements a counter, seven rounds."""
+    column = torch.arange(-(-i // 8), device=seed.device).expand(n, -1)
+    row = torch.arange(n, device=seed.device)[:, None].expand_as(column)
+    key = int(seed) & _WORD, int(seed) >> 32
+    words = philox((column, row, torch.full_like(row, which), torch.zeros_like(row)), key, rounds=7)
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)
+    threshold = min(max(round(p * 65536), 1), 65535) if p else 0
+    return halves.flatten(1)[:, :i] >= threshold
+
+
 def low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``s (x Aᵀ) Bᵀ`` for ``x`` (..., I), ``a`` (R, I), ``b`` (O, R)."""
     return F.linear(F.linear(x, a), b) * scaling

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlib.kernels import reference
-from peftlib.kernels.low_rank import autocast_dtype, fuses, pays, rows, scaled
+from peftlib.kernels.low_rank import autocast_dtype, fuses, pays
+from peftlib.kernels.products import rows, scaled
 
 
 class LowRankLinear(NamedTuple):
