@@ -29,7 +29,7 @@ _found: dict[tuple[torch.device, torch.dtype, int], bool] = {}
 def ready(x: Tensor, factor: Tensor, rank: int) -> bool:
     """Whether :func:`operators` are right for products of ``x`` with a factor of that rank, here and now."""
     return (
-        _is_theirs(x)
+        takes(x)
         and type(x) in PLAIN
         and type(factor) in PLAIN
         and x.dtype in _DTYPES
@@ -51,7 +51,8 @@ def padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def _is_theirs(x: Tensor) -> bool:
+def takes(x: Tensor) -> bool:
+    """Whether they run for tensors on that device at all."""
     return x.is_cuda
 
 

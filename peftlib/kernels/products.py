@@ -42,13 +42,20 @@ class Whole:
         need_a: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """``dY W + drop'(Gᵀ A)``, without the first term if there is no weight, and ``G drop(x)``."""
-        da = g_RN @ x_NI if need_a else None
-        if not need_x:
-            return None, da
-        return g_RN.t() @ a if weight is None else (dy_NO @ weight).addmm_(g_RN.t(), a), da
+        da = self.factor_gradient(x_NI, g_RN) if need_a else None
+        base = dy_NO @ weight if need_x and weight is not None else None
+        return self.input_gradient(base, g_RN, a) if need_x else None, da
 
-    def naive(self, x: Tensor) -> Tensor:
-        """``drop(x)`` in differentiable operators."""
+    def factor_gradient(self, x_NI: Tensor, g_RN: Tensor) -> Tensor:
+        """``G drop(x)`` (R, I), the dropped elements zero."""
+        return g_RN @ x_NI
+
+    def input_gradient(self, base_NI: Tensor | None, g_RN: Tensor, a: Tensor) -> Tensor:
+        """``base + drop'(Gᵀ A)`` (N, I), in the memory of the base if there is one."""
+        return g_RN.t() @ a if base_NI is None else base_NI.addmm_(g_RN.t(), a)
+
+    def naive(self, x: Tensor, which: int = 0) -> Tensor:
+        """``drop(x)`` in differentiable operators, as linear number ``which`` of those that share ``x`` drops."""
         return x
 
 
@@ -87,7 +94,7 @@ class ByPosition(Whole):
             flat.index_copy_(0, positions, kept)
         return dx_NI, da
 
-    def naive(self, x: Tensor) -> Tensor:
+    def naive(self, x: Tensor, which: int = 0) -> Tensor:
         return reference.drop(x, self.positions(x), self.p)
 
 
@@ -110,25 +117,10 @@ class ByCounter(Whole):
         da: Tensor = gpu.operators().factor_gradient(x_NI, g_RN, self.seed, self.p, self.count)
         return da
 
-    def add_input_gradient(self, dx_NI: Tensor, g_RN: Tensor, a: Tensor) -> Tensor:
+    def input_gradient(self, base_NI: Tensor | None, g_RN: Tensor, a: Tensor) -> Tensor:
+        dx_NI = g_RN.new_zeros(g_RN.shape[1], a.shape[1]) if base_NI is None else base_NI
         gpu.operators().add_input_gradient(dx_NI, g_RN, a, self.seed, self.p, self.count)
         return dx_NI
-
-    def gradients(
-        self,
-        x_NI: Tensor,
-        a: Tensor,
-        g_RN: Tensor,
-        dy_NO: Tensor,
-        weight: Tensor | None,
-        need_x: bool,
-        need_a: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        da = self.factor_gradient(x_NI, g_RN) if need_a else None
-        if not need_x:
-            return None, da
-        base = torch.zeros_like(x_NI) if weight is None else dy_NO @ weight
-        return self.add_input_gradient(base, g_RN, a), da
 
     def naive(self, x: Tensor, which: int = 0) -> Tensor:
         keep = reference.kept_by_counter(self.seed, *rows(x).shape, which, self.p)
@@ -146,10 +138,15 @@ def rank_gradients(
     dy_NO: Tensor, b: Tensor, s_RN: Tensor | None, scale: float, need_g: bool, need_b: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """``G = scale Bᵀ dYᵀ`` (R, N) and ``dB = (S dY)ᵀ`` (O, R), in one pass over ``dY`` where that pays."""
-    if need_g and need_b and dy_NO.numel() >= ENOUGH and gpu.ready(dy_NO, b, b.shape[1]):
+    if need_g and need_b and in_one_pass(dy_NO, b):
         return gpu.operators().rank_gradients(dy_NO, b, s_RN, scale)  # type: ignore[no-any-return]
     g_RN = scaled(b.t(), dy_NO, scale) if need_g else None
     return g_RN, (s_RN @ dy_NO).t() if need_b and s_RN is not None else None
+
+
+def in_one_pass(dy_NO: Tensor, b: Tensor) -> bool:
+    """Whether one kernel gives both of :func:`rank_gradients`."""
+    return dy_NO.numel() >= ENOUGH and gpu.ready(dy_NO, b, b.shape[1])
 
 
 def scaled(factor_RC: Tensor, rows_NC: Tensor, scaling: float) -> Tensor:

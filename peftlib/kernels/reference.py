@@ -107,3 +107,14 @@ def add_low_rank(
 ) -> Tensor:
     """``y + s (drop(x) Aᵀ) Bᵀ`` for ``y`` (..., O), ``x`` (..., I), ``a`` (R, I), ``b`` (O, R)."""
     return y + low_rank(drop(x, dropped, p), a, b, scaling)
+
+
+def routed(x_BTI: Tensor, a_URI: Tensor, b_URO: Tensor, which: Tensor, scale_U: Tensor) -> Tensor:
+    """``s_u (x_b A_uᵀ) B_uᵀ`` (B, T, O) with u = which[b], zeros where that is -1; B is given as (U, R, O)."""
+    zero = x_BTI.new_zeros(x_BTI.shape[1], b_URO.shape[2])
+    return torch.stack(
+        [
+            zero if u < 0 else (x @ a_URI[u].mT @ b_URO[u]) * scale_U[u].to(x.dtype)
+            for x, u in zip(x_BTI, which.tolist(), strict=True)
+        ]
+    )

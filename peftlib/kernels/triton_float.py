@@ -23,5 +23,5 @@ def rounded(x, dtype: tl.constexpr):
     if INTERPRETED and dtype == tl.bfloat16:
         # It would cut bits off: half a step up first, or a little less where that makes ties even.
         bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)

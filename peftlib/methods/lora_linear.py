@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftlib.kernels.low_rank import add_low_rank, low_rank_linear
+from peftlib.kernels.routed import add_routed, can_route
 from peftlib.kernels.shared_input import LowRankLinear
 from peftlib.methods.base import (
     first_argument,
@@ -105,22 +106,21 @@ class LinearLoRA(LowRank):
             return rowwise(rows, base, args, kwargs)
         x = first_argument(args, kwargs)
         at = rows.axis(x)
-        a_BRI, b_BRO = rows.kept(
-            "factors",
-            lambda: tuple(rows.by_row(rows.together(read)) for read in (lambda d: d.a, lambda d: d.b.T)),
-            own_parameters,
-        )
-        scale = rows.scalars("scaling", x)
+        factors = lambda: [rows.together(read) for read in (lambda d: d.a, lambda d: d.b.T)]  # noqa: E731
         output = base(*args, **kwargs)
 
         def add(y: Tensor) -> Tensor:
-            dropped = first.drop(x)
-            x_BNI = at.split(dropped, len(rows)).reshape(len(rows), -1, x.shape[-1])
-            s_BNR = torch.bmm(x_BNI, a_BRI.to(x.dtype).mT) * scale
+            x_BNI = at.split(first.drop(x), len(rows)).reshape(len(rows), -1, x.shape[-1])
             y_B = at.split(y, len(rows))
             y_BNO = y_B.reshape(len(rows), -1, y.shape[-1])
-            # The sum in the output's dtype, as without routing: a factor's dtype (dtype=) never becomes the model's.
-            new_BNO = torch.baddbmm(y_BNO, s_BNR.to(y.dtype), b_BRO.to(y.dtype))
+            if can_route(y, x, (d.a for d in deltas)):
+                a_URI, b_URO = rows.kept("factors", factors, own_parameters)
+                new_BNO = add_routed(y_BNO, x_BNI, a_URI, b_URO, *rows.by_tuning("scaling", x.device))
+            else:
+                a_BRI, b_BRO = rows.kept("rows", lambda: [rows.by_row(t) for t in factors()], own_parameters)
+                s_BNR = torch.bmm(x_BNI, a_BRI.to(x.dtype).mT) * rows.scalars("scaling", x)
+                # The sum in the output's dtype, as without routing: a factor's (dtype=) never becomes the model's.
+                new_BNO = torch.baddbmm(y_BNO, s_BNR.to(y.dtype), b_BRO.to(y.dtype))
             return at.join(new_BNO.view(y_B.shape))
 
         return map_first(output, add)

@@ -187,6 +187,12 @@ class Rows:
             return numbers[0]
         return self.constant(numbers, like.device, like.dtype).view(-1, 1, 1)
 
+    def by_tuning(self, what: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(B,) int32: each row's delta or -1; and (U,): a number that each delta has."""
+        which = [i if i < len(self.deltas) else -1 for i in self.which]
+        numbers = [getattr(d, what) for d in self.deltas]
+        return self.constant(which, device, torch.int32), self.constant(numbers, device, torch.float32)
+
     def present(self, device: torch.device) -> Tensor:
         """(B,) bool: which rows have a delta here at all."""
         return self.constant([i < len(self.deltas) for i in self.which], device)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,13 +98,22 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capabil
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def spilled(cubin: bytes, where: Path) -> int:
+    """Bytes of stack: registers that did not suffice."""
+    file = where / "kernel.cubin"
+    file.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    report = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    return max(int(size) for size in re.findall(r"STACK:(\d+)", report))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("capability", [80, 86, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rank, width", [(16, 4096), (64, 4096), (5, 1000)])
 def test_for_real_gpus(
-    capability: int, dtype: torch.dtype, rank: int, width: int, launches: list[Any]
+    capability: int, dtype: torch.dtype, rank: int, width: int, launches: list[Any], tmp_path: Path
 ) -> None:
     run_all(dtype, rank, width)
     kernels = {kernel.fn.__name__ for kernel, _, _ in launches}

@@ -22,6 +22,8 @@ import peftlib
 from peftlib import LoRA
 from peftlib.kernels import gpu, products, reference, triton_ops
 from peftlib.kernels.low_rank import add_low_rank, low_rank_linear
+from peftlib.kernels.routed import add_routed
+from peftlib.kernels.shared_input import LowRankLinear, can_share, low_rank_linears
 from tests.twin import randomize
 
 D = torch.float64
@@ -38,7 +40,7 @@ few = settings(max_examples=int(os.environ.get("EXAMPLES", "5")))
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels run for small inputs and, interpreted, on a CPU; and fresh memory is NaN."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(gpu, "_is_theirs", lambda x: True)
+        monkeypatch.setattr(gpu, "takes", lambda x: True)
         monkeypatch.setattr(gpu, "_found", dict.fromkeys(keys(), True))
     monkeypatch.setattr(products, "ENOUGH", 0)
     torch.use_deterministic_algorithms(True)
@@ -302,6 +304,99 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         op = getattr(triton_ops, name)
         monkeypatch.setattr(triton_ops, name, lambda *a, op=op, name=name: names.append(name) or op(*a))
     return names
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("second", [False, True])
+def test_linears_of_one_input(p: float, second: bool, used: list[str]) -> None:
+    t = inputs()
+    linears = [
+        LowRankLinear(make(o, 20), None, make(3, 20).requires_grad_(), make(o, 3).requires_grad_())
+        for o in (30, 10, 30)
+    ]
+    leaves = {"x": t["x"]} | {f"{n}{i}": getattr(one, n) for i, one in enumerate(linears) for n in "ab"}
+    assert can_share(t["x"], linears, p)
+    uneven = [*linears, linears[0]._replace(a=make(4, 20).requires_grad_(), b=make(30, 4).requires_grad_())]
+    assert can_share(t["x"], uneven, p) == (not p)
+
+    def twin() -> Tensor:
+        x, outs = t["x"], []
+        seed = torch.randint(2**62, (), device=DEVICE) if p else None
+        for i, one in enumerate(linears):
+            dropped = x
+            if seed is not None:
+                keep = reference.kept_by_counter(seed, 45, 20, i, p).view_as(x)
+                dropped = x * keep / triton_ops.keep_probability(p)
+            outs.append(x @ one.weight.T + reference.low_rank(dropped, one.a, one.b, 2.0))
+        return torch.cat(outs, -1)
+
+    def run(which: Callable[[], Tensor]) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        if not second:
+            return gradients_of(which, leaves)
+        grads = torch.autograd.grad(which().square().sum(), list(leaves.values()), create_graph=True)
+        return gradients_of(lambda: torch.cat([g.flatten() for g in grads]) / 100, leaves)
+
+    ours, theirs = run(lambda: torch.cat(low_rank_linears(t["x"], linears, 2.0, p), -1)), run(twin)
+    for name, value in theirs.items():
+        assert (ours[name] - value).norm() <= 1e-5 * value.norm(), name
+    assert ("shrink" in used) == bool(p)
+    assert "rank_gradients" in used
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("second", [False, True])
+def test_rows_of_several_tunings(dtype: torch.dtype, second: bool) -> None:
+    leaves = {
+        "y": make(5, 3, 30, dtype=dtype),
+        "x": make(5, 3, 20, dtype=dtype),
+        "a": make(3, 4, 20, dtype=dtype),
+        "b": make(3, 4, 30, dtype=dtype),
+    }
+    rows, scale = torch.tensor([2, -1, 0, 0, 2], dtype=torch.int32, device=DEVICE), make(3)
+
+    def run(which: Callable[..., Tensor], to: torch.dtype) -> dict[str, Tensor]:
+        given = {n: t.detach().to(to).requires_grad_() for n, t in leaves.items()}
+        if not second:
+            return gradients_of(lambda: which(*given.values(), rows, scale), given)
+        y = which(*given.values(), rows, scale)
+        grads = torch.autograd.grad(y.square().sum(), list(given.values()), create_graph=True)
+        return gradients_of(lambda: torch.cat([g.flatten() for g in grads]) / 100, given)
+
+    twin = lambda y, *rest: y + reference.routed(*rest)  # noqa: E731
+    ours, plain, truth = run(add_routed, dtype), run(twin, dtype), run(twin, D)
+    for name, value in truth.items():
+        error, allowed = ((t[name].to(D) - value).norm() / value.norm() for t in (ours, plain))
+        assert error <= 1.5 * allowed + torch.finfo(dtype).eps / 8, name
+    if not second:
+        assert not ours["a"][1].any()  # nobody's
+        assert torch.equal(ours["output"][1], leaves["y"][1])
+
+
+def test_routed_batches_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 20)).to(DEVICE)
+    leaves = {"x": make(5, 7, 20).requires_grad_()}
+    for name, rank in (("one", 2), ("two", 5)):
+        tuning = peftlib.attach(model, LoRA(rank=rank, alpha=rank + 1), name=name, freeze=False)
+        leaves |= {f"{name}.{n}": parameter for n, parameter in randomize(tuning, 0.3).items()}
+    names = ["two", None, "one", "one", "two"]
+
+    def run() -> Tensor:
+        with peftlib.route(model, names):
+            return model(leaves["x"])
+
+    calls: list[int] = []
+    shrink = triton_ops.routed_shrink
+    monkeypatch.setattr(triton_ops, "routed_shrink", lambda *a: calls.append(1) or shrink(*a))
+    ours = gradients_of(run, leaves)
+    with torch.no_grad():
+        torch.testing.assert_close(run(), ours["output"])
+    assert calls
+    calls.clear()
+    monkeypatch.setattr(gpu, "takes", lambda x: False)
+    for name, value in gradients_of(run, leaves).items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4)
+    assert not calls
 
 
 def test_second_derivatives() -> None:
