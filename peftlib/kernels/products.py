@@ -139,7 +139,8 @@ def rank_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``G = scale Bᵀ dYᵀ`` (R, N) and ``dB = (S dY)ᵀ`` (O, R), in one pass over ``dY`` where that pays."""
     if need_g and need_b and in_one_pass(dy_NO, b):
-        return gpu.operators().rank_gradients(dy_NO, b, s_RN, scale)  # type: ignore[no-any-return]
+        both: tuple[Tensor, Tensor] = gpu.operators().rank_gradients(dy_NO, b, s_RN, scale)
+        return both
     g_RN = scaled(b.t(), dy_NO, scale) if need_g else None
     return g_RN, (s_RN @ dy_NO).t() if need_b and s_RN is not None else None
 

@@ -59,12 +59,16 @@ class _Routed(torch.autograd.Function):
         x, a_URI, b_URO, which, scale_U, s_BTR = ctx.saved_tensors
         need_y, need_x, need_a, need_b, _, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # the saved S would count as a constant in what is differentiated again
-            leaves = [t.view_as(t) for t in (x, a_URI, b_URO)]
-            update = reference.routed(*leaves, which, scale_U)
-            dx, da, db = torch.autograd.grad(update, leaves, dy, create_graph=True, materialize_grads=True)
-            return dy if need_y else None, dx, da, db, None, None
+            x, a_URI, b_URO = (t.view_as(t) for t in (x, a_URI, b_URO))
+            wanted = [t for t in (x, a_URI, b_URO) if t.requires_grad]
+            update = reference.routed(x, a_URI, b_URO, which, scale_U)
+            grads = iter(torch.autograd.grad(update, wanted, dy, create_graph=True, materialize_grads=True))
+            rest = [next(grads) if t.requires_grad else None for t in (x, a_URI, b_URO)]
+            return dy if need_y else None, *rest, None, None
         ops = gpu.operators()
-        dx = da = db = None
+        dx: Tensor | None = None
+        da: Tensor | None = None
+        db: Tensor | None = None
         if need_x or need_a:
             g_BTR = ops.routed_shrink(dy, b_URO, which, scale_U)
             dx = ops.routed_expand(None, g_BTR, a_URI, which) if need_x else None

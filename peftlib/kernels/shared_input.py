@@ -112,9 +112,9 @@ class _LowRankLinears(torch.autograd.Function):
                 continue
             dy_NO = rows(dy)
             if in_one_pass(dy_NO, one.b):
-                both = rank_gradients(dy_NO, one.b, s, scale, True, True)
-                grads[-1] = both[1]
-                g.copy_(both[0])  # type: ignore[arg-type]
+                given, grads[-1] = rank_gradients(dy_NO, one.b, s, scale, True, True)
+                assert given is not None
+                g.copy_(given)
             else:
                 g.addmm_(one.b.t(), dy_NO.t(), beta=0, alpha=scale)
                 grads[-1] = (s @ dy_NO).t()
@@ -140,9 +140,10 @@ def _differentiable(
     """The gradients of ``x`` and of each linear's tensors as a graph of their own."""
     # New views: where x depends on a factor, only what this very call contributes.
     flat = [t if t is None else t.view_as(t) for t in (x, *(t for one in linears for t in one))]
+    view = flat[0]
+    assert view is not None
     ys = [
-        F.linear(flat[0], one.weight, one.bias)
-        + reference.low_rank(drop.naive(flat[0], i), one.a, one.b, scaling)  # type: ignore[arg-type]
+        F.linear(view, one.weight, one.bias) + reference.low_rank(drop.naive(view, i), one.a, one.b, scaling)
         for i, one in enumerate(_parts(flat[1:]))
     ]
     given = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None]
