@@ -56,7 +56,6 @@ def takes(x: Tensor) -> bool:
     return x.is_cuda
 
 
-@torch.compiler.assume_constant_result
 def _passed(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
@@ -72,6 +71,10 @@ def _passed(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False  # a capture cannot load kernels; the same call runs torch's operators in it each time
     return _found.setdefault(key, _trial(*key))
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler for it.
+_passed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

@@ -123,7 +123,8 @@ class ByCounter(Whole):
         return dx_NI
 
     def naive(self, x: Tensor, which: int = 0) -> Tensor:
-        keep = reference.kept_by_counter(self.seed, *rows(x).shape, which, self.p)
+        n, i = rows(x).shape
+        keep = reference.kept_by_counter(self.seed, n, i, which, self.p)
         return x * keep.view(x.shape) / self.kept
 
 

@@ -48,7 +48,7 @@ def keep_probability(p: float) -> float:
 
 def _operator(name: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Register an operator; the compiler sees into it, unless its kernels are interpreted and cannot be traced."""
-    define = torch.library.custom_op if INTERPRETED else triton_op
+    define: Any = torch.library.custom_op if INTERPRETED else triton_op
 
     def decorate(function: Callable[..., Any]) -> Any:
         made = define(f"peftlib::{name}", function, mutates_args=mutates)
