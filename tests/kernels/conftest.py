@@ -1,0 +1,3 @@
+"""What the interpreter's process runs is no test of this process."""
+
+collect_ignore = ["triton_cases.py"]
