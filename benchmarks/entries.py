@@ -56,26 +56,29 @@ class Entry:
         return self.language_model if task.head is None else self.encoder
 
 
+HEAD_RATE = 1e-2
+"""A new head's own rate beside any method: at the rates that suit pretrained weights it would hardly learn."""
+
 METHODS: Mapping[str, Entry] = {
     "head": Entry(part=None, encoder=(1e-2, 3e-2), language_model=()),
-    "full": Entry(part=savings("full"), encoder=(1e-4, 3e-4), language_model=(3e-5, 1e-4)),
-    "partial": Entry(part=last_block, encoder=(5e-4, 2e-3), language_model=(3e-4, 1e-3)),
+    "full": Entry(part=savings("full"), encoder=(3e-5, 1e-4), language_model=(3e-5, 1e-4)),
+    "partial": Entry(part=last_block, encoder=(1e-4, 5e-4), language_model=(3e-4, 1e-3)),
     "bitfit": Entry(
         part=lambda task: (BitFit(keep_base=False), task.body),
-        encoder=(3e-3, 1e-2),
-        language_model=(3e-3, 1e-2),
+        encoder=(1e-3, 3e-3),
+        language_model=(1e-3, 3e-3),
     ),
     "lora-qv": Entry(
         part=lambda task: (LoRA(rank=8, alpha=16), task.query_value),
-        encoder=(3e-3, 1e-2),
+        encoder=(1e-3, 3e-3),
         language_model=(1e-3, 3e-3),
     ),
-    "lora": Entry(part=savings("lora"), encoder=(1e-3, 3e-3), language_model=(3e-4, 1e-3)),
-    "adapter": Entry(part=savings("adapter"), encoder=(3e-3, 1e-2), language_model=(1e-3, 3e-3)),
-    "prefix": Entry(part=savings("prefix"), encoder=(3e-3, 1e-2), language_model=(3e-4, 1e-3)),
-    "ptuning-v2": Entry(part=savings("ptuning-v2"), encoder=(3e-2, 1e-1), language_model=(1e-2, 3e-2)),
-    "prompt": Entry(part=savings("prompt"), encoder=(3e-2, 1e-1), language_model=(3e-2, 1e-1)),
-    "ptuning-v1": Entry(part=savings("ptuning-v1"), encoder=(3e-3, 1e-2), language_model=(1e-3, 3e-3)),
+    "lora": Entry(part=savings("lora"), encoder=(3e-4, 1e-3), language_model=(3e-4, 1e-3)),
+    "adapter": Entry(part=savings("adapter"), encoder=(1e-3, 3e-3), language_model=(1e-3, 3e-3)),
+    "prefix": Entry(part=savings("prefix"), encoder=(1e-3, 3e-3), language_model=(3e-4, 1e-3)),
+    "ptuning-v2": Entry(part=savings("ptuning-v2"), encoder=(1e-2, 3e-2), language_model=(1e-2, 3e-2)),
+    "prompt": Entry(part=savings("prompt"), encoder=(1e-2, 3e-2), language_model=(3e-2, 1e-1)),
+    "ptuning-v1": Entry(part=savings("ptuning-v1"), encoder=(1e-3, 3e-3), language_model=(1e-3, 3e-3)),
 }
 
 
@@ -98,3 +101,15 @@ def start(name: str, task: Task, seed: int) -> tuple[nn.Module, Tuning]:
     if task.head is not None and name != "full":
         method = dataclasses.replace(method, head={task.head: head})
     return model, attach(model, method, targets=targets, example=task.example)
+
+
+def adamw(name: str, task: Task, model: nn.Module, tuning: Tuning, rate: float) -> torch.optim.AdamW:
+    """The optimizer of a training: the method's rate, and the new head's own."""
+    of_head: set[int] = set()
+    if task.head is not None and name != "head":
+        of_head = {id(parameter) for parameter in model.get_submodule(task.head).parameters()}
+    parts = {
+        value: [p for p in tuning.parameters() if (id(p) in of_head) == value] for value in (False, True)
+    }
+    groups = [{"params": parts[False], "lr": rate}, {"params": parts[True], "lr": HEAD_RATE}]
+    return torch.optim.AdamW([group for group in groups if group["params"]])

@@ -8,6 +8,7 @@ with a seed of its own; the test part is never looked at for that. Then each see
 new head and on the same batches. The rate is constant after a short warm-up, so that a longer training begins with
 the shorter one: the same run is judged after N steps (equal steps) and after as many steps as fit into the time of N
 steps of full fine-tuning (equal time). How long a step takes, relative to full fine-tuning, is measured in turns.
+What is finished stands in ledger.jsonl beside the results: a run that was killed goes on where it was.
 
 Left out on purpose: what a step costs in memory (`benchmarks.savings`), and caching the frozen encoder's outputs for
 head-only training, which would make its steps nearly free.
@@ -18,121 +19,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from benchmarks.entries import METHODS, start
+from benchmarks.entries import HEAD_RATE, METHODS, start
 from benchmarks.inputs import InputError
+from benchmarks.ledger import Ledger
 from benchmarks.machine import about
 from benchmarks.progress import Progress
 from benchmarks.quality_report import draw, table
-from benchmarks.tasks import TASKS, Score, Task
-from benchmarks.timing import clock_for, in_turns
+from benchmarks.tasks import TASKS, Task
+from benchmarks.trainings import (
+    SEARCH_SEED,
+    WARMUP,
+    At,
+    marks,
+    pace,
+    scored,
+    search,
+    search_steps,
+    train,
+)
 from peftlib import PeftlibError
-from peftlib.train import History, NonFiniteError, constant, fit, train_step
-
-WARMUP = 5
-SEARCH_SEED = 100
-"""Rates are chosen with a seed that the results don't use."""
-ROUNDS = 5
-"""How often the methods take turns to be timed."""
-
-
-def train(
-    name: str, task: Task, rate: float, seed: int, steps: int, evaluate: Any = None
-) -> tuple[nn.Module, History, int]:
-    """The model, its history, and how many parameters were trained."""
-    model, tuning = start(name, task, seed)
-    optimizer = torch.optim.AdamW(tuning.parameters(), lr=rate)
-    history = fit(
-        model,
-        task.batches(seed),
-        task.loss,
-        optimizer=optimizer,
-        steps=steps,
-        scheduler=partial(constant, warmup=WARMUP),
-        autocast=task.autocast,
-        evaluate=evaluate,
-        evaluate_every=1,
-        progress=False,
-        seed=seed,
-    )
-    return model, history, tuning.num_parameters
-
-
-def scored(task: Task, score: Score, model: nn.Module) -> dict[str, float]:
-    """A score, in the precision of the training."""
-    with torch.autocast("cpu", task.autocast, enabled=task.autocast is not None):
-        return score(model)
-
-
-class At:
-    """A test that `fit` asks for after every step, and that is only made after the steps which are marked."""
-
-    def __init__(self, score: Score, marks: Sequence[int]) -> None:
-        self.score, self.marks, self.step = score, set(marks), 0
-
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        self.step += 1
-        return self.score(model) if self.step in self.marks else {}
-
-
-def pace(task: Task, names: Sequence[str]) -> dict[str, list[float]]:
-    """Seconds of a step of each method; they take turns on the same batches."""
-    few = list(islice(task.batches(SEARCH_SEED), ROUNDS))
-    runs = {}
-    for name in names:
-        model, tuning = start(name, task, SEARCH_SEED)
-        optimizer = torch.optim.AdamW(tuning.parameters(), lr=1e-5)
-        runs[name] = partial(step, model.train(), cycle(few), task, optimizer)
-    return in_turns(runs, rounds=ROUNDS, clock=clock_for(torch.get_num_threads(), "cpu"))
-
-
-def step(model: nn.Module, batches: Iterator[Any], task: Task, optimizer: torch.optim.Optimizer) -> None:
-    """One step as `fit` makes it."""
-    train_step(model, [next(batches)], task.loss, optimizer, autocast=task.autocast)
-
-
-def search_steps(task: Task) -> int:
-    """A third of the steps, but not the warm-up alone."""
-    return min(task.size.steps, max(task.size.steps // 3, 2 * WARMUP))
-
-
-def search(task: Task, names: Sequence[str], given: Mapping[str, float]) -> dict[str, dict[float, float]]:
-    """Validation loss at every rate of each method's grid; a grid of a given rate is not searched."""
-    found: dict[str, dict[float, float]] = {name: {} for name in names}
-    steps = search_steps(task)
-    todo = [(name, rate) for name in names if name not in given for rate in METHODS[name].rates(task)]
-    with Progress(len(todo), "choosing rates") as progress:
-        for name, rate in todo:
-            try:
-                history = train(
-                    name, task, rate, SEARCH_SEED, steps, At(partial(scored, task, task.validation), [steps])
-                )[1]
-                found[name][rate] = history.last("eval_loss")
-            except NonFiniteError:
-                found[name][rate] = math.inf
-            progress.step(f"{name} {rate:g}: {found[name][rate]:.3f}")
-    return found
-
-
-def marks(steps: int, end: int) -> list[int]:
-    """The steps after which a model is tested: thirds of ``steps`` while it goes on, and the end.
-
-    >>> marks(75, 75), marks(75, 60), marks(75, 160)
-    ([25, 50, 75], [25, 50, 60], [25, 50, 75, 150, 160])
-    """
-    thirds = {max(1, steps * i // 3) for i in (1, 2, 3)}
-    return sorted({mark for mark in thirds if mark < end} | {end} | set(range(2 * steps, end, steps)))
 
 
 def contest(
@@ -142,9 +55,19 @@ def contest(
     seeds: int,
     equal: Sequence[str],
     rates: Mapping[str, float],
+    ledger: Ledger,
     save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Every named method on a task; `save` gets the results after each seed.
+
+    Args:
+        task: what is learned.
+        names: of `METHODS`.
+        seeds: how often.
+        equal: "steps", "time" or both.
+        rates: of methods whose grid is not searched.
+        ledger: what is in it is not computed again.
+        save: called with what there is.
 
     Returns:
         What is worth keeping, JSON-able.
@@ -158,23 +81,35 @@ def contest(
             refused[name] = str(error)
     if not able:
         raise InputError(f"no method can act: {refused}")
-    seconds = pace(task, [*able, *({"full"} - set(able))])
-    # how many times full fine-tuning's step: of each turn, then the middle
-    relative = {
-        name: statistics.median(a / b for a, b in zip(own, seconds["full"], strict=True))
-        for name, own in seconds.items()
-    }
-    searched = search(task, able, rates)
-    best = {
-        name: rates[name] if name in rates else min(grid, key=lambda rate: grid[rate])
-        for name, grid in searched.items()
-    }
+    paces = ledger.get(["pace", sorted(able)], lambda: pace(task, able))
+    grids = {name: (rates[name],) if name in rates else METHODS[name].rates(task) for name in able}
+    searched: dict[str, dict[float, float]] = {name: {} for name in able}
+    todo = [(name, rate) for name, grid in grids.items() if len(grid) > 1 for rate in grid]
+    with Progress(len(todo), "choosing rates") as progress:
+        for name, rate in todo:
+            searched[name][rate] = ledger.get(["rate", name, rate], partial(search, name, task, rate))
+            progress.step(f"{name} {rate:g}: {searched[name][rate]:.3f}")
+    best = {name: min(grid, key=lambda rate: searched[name].get(rate, 0)) for name, grid in grids.items()}
     steps = task.size.steps
-    as_long = {name: max(1, round(steps / relative[name])) for name in able}
+    as_long = {name: max(1, round(steps / paces[name]["relative"])) for name in able}
     ends = {"steps": dict.fromkeys(able, steps), "time": as_long}
     with torch.no_grad():
         before = scored(task, task.test, start(able[0], task, 0)[0].eval())
-    results: dict[str, Any] = {
+    rows: list[dict[str, Any]] = [
+        {
+            "method": name,
+            "rate": best[name],
+            "validation_loss": {f"{rate:g}": loss for rate, loss in searched[name].items()},
+            "step_seconds": paces[name]["seconds"],
+            "step_relative": paces[name]["relative"],
+            "equal_time_steps": as_long[name],
+            **{f"equal_{what}": [] for what in equal},
+            "losses": [],
+            "curves": [],
+        }
+        for name in able
+    ]
+    results = {
         "task": task.title,
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
@@ -184,42 +119,46 @@ def contest(
         "notes": task.notes,
         "refused": refused,
         "warmup": WARMUP,
-        "precision": "float32" if task.autocast is None else "bfloat16 autocast",
+        "head_rate": HEAD_RATE if task.head else None,
+        "precision": precision(task),
         "rates_from": "of another task's results"
         if rates
-        else f"of two, the lowest validation loss after {search_steps(task)} steps with a seed of its own",
+        else f"of two, the lower validation loss after {search_steps(task)} steps with a seed of its own",
         "machine": about(torch.get_num_threads(), "cpu"),
-        "rows": [
-            {
-                "method": name,
-                "rate": best[name],
-                "validation_loss": {f"{rate:g}": loss for rate, loss in searched[name].items()},
-                "step_seconds": statistics.median(seconds[name]),
-                "step_relative": relative[name],
-                "equal_time_steps": as_long[name],
-                **{f"equal_{what}": [] for what in equal},
-                "losses": [],
-                "curves": [],
-            }
-            for name in able
-        ],
+        "rows": rows,
     }
     with Progress(seeds * len(able), "training") as progress:
         for seed in range(seeds):
-            for row in results["rows"]:
+            for row in rows:
                 name = row["method"]
                 asked = [ends[what][name] for what in equal]
-                end = max(asked)
-                test = At(partial(scored, task, task.test), [*marks(steps, end), *asked])
-                _, history, row["trained"] = train(name, task, best[name], seed, end, test)
-                curve = [(step + 1, value) for step, value in history.column(f"eval_{task.metric}")]
+                key = ["training", name, best[name], seed, asked]
+                run = ledger.get(key, partial(trained, name, task, best[name], seed, asked))
+                row["trained"] = run["trained"]
                 for what in equal:
-                    row[f"equal_{what}"].append(dict(curve)[ends[what][name]])
-                row["curves"].append(curve)
-                row["losses"].append([loss for _, loss in history.column("loss")])
-                progress.step(f"{name} {curve[-1][1]:.3f}")
+                    row[f"equal_{what}"].append(dict(run["curve"])[ends[what][name]])
+                row["curves"].append(run["curve"])
+                row["losses"].append(run["losses"])
+                progress.step(f"{name} {run['curve'][-1][1]:.3f}")
             save(results)
     return results
+
+
+def trained(name: str, task: Task, rate: float, seed: int, asked: Sequence[int]) -> dict[str, Any]:
+    """What is kept of a training that is judged after each of the steps that are asked for."""
+    end = max(asked)
+    test = At(partial(scored, task, task.test), [*marks(task.size.steps, end), *asked])
+    history, parameters = train(name, task, rate, seed, end, test)
+    return {
+        "trained": parameters,
+        "curve": [(step + 1, value) for step, value in history.column(f"eval_{task.metric}")],
+        "losses": [loss for _, loss in history.column("loss")],
+    }
+
+
+def precision(task: Task) -> str:
+    """What numbers the model computes in."""
+    return "float32" if task.autocast is None else "bfloat16 autocast"
 
 
 def write(results: dict[str, Any], out: Path, name: str) -> None:
@@ -262,13 +201,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         rates = chosen(args.rates) if args.rates else {}
         args.out.mkdir(parents=True, exist_ok=True)
         for name in args.tasks or TASKS:
-            task = TASKS[name](args.quick)
+            task = dataclasses.replace(
+                TASKS[name](args.quick), autocast=torch.bfloat16 if args.bf16 else None
+            )
+            settings = {
+                "task": task.title,
+                "size": dataclasses.asdict(task.size),
+                "precision": precision(task),
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+            }
             results = contest(
-                dataclasses.replace(task, autocast=torch.bfloat16 if args.bf16 else None),
+                task,
                 names,
                 seeds=args.seeds,
                 equal=[args.equal] if args.equal else ["steps", "time"],
                 rates=rates,
+                ledger=Ledger(args.out / "ledger.jsonl", settings),
                 save=partial(write, out=args.out, name=name),
             )
             print(table(results))

@@ -44,6 +44,7 @@ def table(results: dict[str, Any]) -> Table:
         }
 
     seeds = len(rows[0]["losses"])
+    head = f" The new head's, beside a method: {results['head_rate']:g}." if results["head_rate"] else ""
     direction = "higher" if results["higher_is_better"] else "lower"
     before = "" if results["higher_is_better"] else f" Before: {results['before']['loss']:.3f}."
     return Table(
@@ -64,7 +65,7 @@ def table(results: dict[str, Any]) -> Table:
             f"{seeds} seed{'s' * (seeds > 1)}: mean ± standard deviation; {direction} is better.{before}",
             f"Batches of {size['batch']}, at most {size['length']} tokens a row; AdamW, {results['warmup']} steps of "
             f"warm-up, then constant; {results['precision']}.",
-            f"Rate: {results['rates_from']}.",
+            f"Rate: {results['rates_from']}.{head}",
             *(f"{name} is left out: {why}" for name, why in results["refused"].items()),
             f"Threads: {where['threads']} of {where['cores']} cores, {where['processor']}; "
             f"torch {where['versions']['torch']}, Python {where['python']}, {where['date']}.",

@@ -11,12 +11,14 @@ import torch
 
 import peftlib
 from benchmarks import quality
-from benchmarks.entries import METHODS, start
+from benchmarks.entries import HEAD_RATE, METHODS, adamw, start
 from benchmarks.inputs import InputError
+from benchmarks.ledger import Ledger
 from benchmarks.pretrained import Classifier
 from benchmarks.quality_report import draw, table
 from benchmarks.reviews import chinese_reviews, distinct, rotten_tomatoes, split
 from benchmarks.tasks import ByLength, Size, Task, accuracy, classifier_batches, collate
+from benchmarks.trainings import search
 from peftlib import train
 from peftlib.methods.base import METHODS as PEFTLIB_METHODS
 
@@ -60,12 +62,21 @@ def task() -> Task:
     )
 
 
-PACE = {"full": [1.0, 3.0], "lora-qv": [0.5, 1.5], "prompt": [2.0, 6.0]}
+@pytest.fixture
+def contest(tmp_path):
+    def run(task, names, equal=("steps", "time"), seeds=2, rates=None, saved=None, ledger="ledger.jsonl"):
+        keep = (lambda results: None) if saved is None else saved.append
+        kept = Ledger(tmp_path / ledger, {})
+        return quality.contest(
+            task, names, seeds=seeds, equal=equal, rates=rates or {}, ledger=kept, save=keep
+        )
+
+    return run
 
 
-def contest(task, names, equal=("steps", "time"), seeds=2, rates=None, saved=None):
-    keep = (lambda results: None) if saved is None else saved.append
-    return quality.contest(task, names, seeds=seeds, equal=equal, rates=rates or {}, save=keep)
+def known(task, names):
+    relative = {"full": 1.0, "lora-qv": 0.5, "prompt": 2.0}
+    return {name: {"seconds": relative[name] / 10, "relative": relative[name]} for name in names}
 
 
 def without_time(row):
@@ -91,12 +102,12 @@ def test_all_begin_with_the_same_head_and_train_it(task):
     assert not torch.equal(heads["head"], start("head", task, 4)[0].head.weight)
 
 
-def test_results_at_equal_steps_do_not_depend_on_how_much_longer_it_goes_on(task, monkeypatch):
+def test_results_at_equal_steps_do_not_depend_on_how_much_longer_it_goes_on(contest, task, monkeypatch):
     names = ["full", "lora-qv", "prompt"]
-    monkeypatch.setattr(quality, "pace", lambda task, names: PACE)
+    monkeypatch.setattr(quality, "pace", known)
     rates = {"full": 1e-3, "lora-qv": 1e-2, "prompt": 1e-1}
     both = contest(task, names, rates=rates)
-    alone = contest(task, names, equal=["steps"], rates=rates)
+    alone = contest(task, names, equal=["steps"], rates=rates, ledger="other.jsonl")
     assert list(map(without_time, both["rows"])) == list(map(without_time, alone["rows"]))
     for row, end in zip(both["rows"], (5, 10, 2), strict=True):
         assert row["equal_time_steps"] == end
@@ -107,22 +118,49 @@ def test_results_at_equal_steps_do_not_depend_on_how_much_longer_it_goes_on(task
     assert all(len({tuple(losses) for losses in row["losses"]}) == 2 for row in both["rows"])
 
 
-def test_rates_are_chosen_on_the_validation_part_and_never_on_the_test(task, monkeypatch):
+def test_rates_are_chosen_on_the_validation_part_and_never_on_the_test(contest, task):
     def forbidden(model):
         raise AssertionError("the test part is looked at")
 
-    blind = dataclasses.replace(task, test=forbidden)
-    found = quality.search(blind, ["head", "lora"], {"lora": 0.5})
-    assert list(found["head"]) == list(METHODS["head"].encoder)
-    assert found["lora"] == {}
-    results = contest(task, ["head"], rates={"head": 0.25}, seeds=1)
-    assert results["rows"][0]["rate"] == 0.25
-    results = contest(task, ["head"], seeds=1)
-    losses = results["rows"][0]["validation_loss"]
-    assert results["rows"][0]["rate"] == float(min(losses, key=losses.get))
+    assert search("head", dataclasses.replace(task, test=forbidden), 1e-2) > 0
+    results = contest(task, ["head", "lora"], rates={"lora": 0.25}, seeds=1)
+    head, lora = results["rows"]
+    assert lora["rate"] == 0.25
+    assert lora["validation_loss"] == {}
+    losses = head["validation_loss"]
+    assert list(map(float, losses)) == list(METHODS["head"].encoder)
+    assert head["rate"] == float(min(losses, key=losses.get))
 
 
-def test_the_report_and_the_figure(task, tmp_path):
+def test_what_is_finished_is_not_computed_again(contest, task, monkeypatch):
+    rates = {"head": 1e-2, "full": 1e-3}
+    first = contest(task, ["head", "full"], rates=rates)
+
+    def forbidden(*_):
+        raise AssertionError("it is computed again")
+
+    for name in ("pace", "search", "trained"):
+        monkeypatch.setattr(quality, name, forbidden)
+    # another process may go through the methods the other way round
+    again = contest(task, ["full", "head"], rates=rates)
+    assert again["rows"] == first["rows"][::-1]
+    with pytest.raises(AssertionError, match="computed again"):
+        contest(task, ["head", "full"], rates=rates, seeds=3)
+
+
+def test_the_head_has_a_rate_of_its_own(task):
+    for name in METHODS:
+        model, tuning = start(name, task, 0)
+        optimizer = adamw(name, task, model, tuning, 0.5)
+        found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert len(found) == len(list(tuning.parameters()))
+        assert found[id(model.head.weight)] == (0.5 if name == "head" else HEAD_RATE)
+        assert {rate for p, rate in found.items() if p not in {id(q) for q in model.head.parameters()}} <= {
+            0.5
+        }
+
+
+def test_the_report_and_the_figure(contest, task, tmp_path):
     saved = []
     results = contest(task, ["head", "full", "bitfit"], saved=saved, rates={"full": 1e-3, "bitfit": 1e-2})
     assert len(saved) == 2
@@ -145,9 +183,8 @@ def test_the_command_runs_its_tasks(task, tmp_path, monkeypatch, capsys):
     options = ["--seeds", "1", "--methods", "head,full", "--out", str(tmp_path), "--equal", "steps"]
     assert quality.main(["tiny", *options]) == 0
     assert "a tiny encoder on made-up words: test accuracy" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"quality-tiny.{e}" for e in ("json", "png", "txt")
-    ]
+    files = ["ledger.jsonl", "quality-tiny.json", "quality-tiny.png", "quality-tiny.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
     for wrong, said in (
         (["huge"], "unknown task huge; choose among tiny"),
         (["--methods", "magic"], "unknown method magic"),
@@ -158,7 +195,7 @@ def test_the_command_runs_its_tasks(task, tmp_path, monkeypatch, capsys):
         assert said in capsys.readouterr().err
 
 
-def test_a_method_that_cannot_act_is_named(task):
+def test_a_method_that_cannot_act_is_named(contest, task):
     headless = dataclasses.replace(task, head=None, renew=lambda model: None)
     results = contest(headless, ["head", "full"], seeds=1, equal=["steps"], rates={"full": 1e-3})
     assert list(results["refused"]) == ["head"]
