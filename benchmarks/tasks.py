@@ -222,7 +222,7 @@ def smollm(quick: bool) -> Task:
         validation=4 if quick else 8,
         test=4 if quick else 16,
         steps=3 if quick else 12,
-        batch=2 if quick else 4,
+        batch=2,
         length=16 if quick else 64,
     )
     held = spread(text.held_out, count=size.validation + size.test, context=size.length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import doctest
 import inspect
 import re
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 import peftlib
+from peftlib import train
 from peftlib.methods.base import METHODS, Method
 
 ROOT = Path(peftlib.__file__).parent
@@ -280,6 +282,12 @@ def test_public_names_are_documented(name: str) -> None:
     for own, member in vars(thing).items() if inspect.isclass(thing) else ():
         if inspect.isfunction(member) and not own.startswith("_") and not overrides(thing, own):
             assert inspect.getdoc(member), f"{name}.{own}"
+
+
+@pytest.mark.parametrize("name", train.__all__)
+def test_every_piece_of_the_trainer_has_an_example_that_runs(name: str) -> None:
+    # the doctests of the package run with the tests
+    assert doctest.DocTestParser().get_examples(inspect.getdoc(getattr(train, name)) or "")
 
 
 def overrides(cls: type, name: str) -> bool:

@@ -12,7 +12,12 @@ from peftlib import PeftlibError
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """``sum of x over the mask / its size``; numbers outside it, NaN too, have no part in it."""
+    """``sum of x over the mask / its size``; numbers outside it, NaN too, have no part in it.
+
+    Example:
+        >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor(2.)
+    """
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 

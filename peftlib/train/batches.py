@@ -16,6 +16,20 @@ class Sampler(Protocol):
     """What an epoch draws: a length, and called with an epoch's number, that many numbers of examples.
 
     One whose draws depend on more than the epoch also has ``state_dict`` and ``load_state_dict``, of tensors.
+
+    Example:
+        >>> class ShortFirst:
+        ...     def __init__(self, texts):
+        ...         self.order = torch.tensor([len(text) for text in texts]).argsort()
+        ...
+        ...     def __len__(self):
+        ...         return len(self.order)
+        ...
+        ...     def __call__(self, epoch):
+        ...         return self.order
+        >>> texts = ["four", "a", "six"]
+        >>> list(Batches(texts, 2, sampler=ShortFirst(texts)))
+        [['a', 'six'], ['four']]
     """
 
     def __len__(self) -> int: ...

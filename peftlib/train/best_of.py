@@ -24,6 +24,11 @@ class Best:
         completion: its ids.
         reward: what it earned.
         mean: what the prompt's completions earned on average.
+
+    Example:
+        >>> best = Best(Encoded([1, 5], [-100, 5]), completion=[5], reward=1.0, mean=0.25)
+        >>> best.reward - best.mean  # what choosing gained
+        0.75
     """
 
     example: Encoded

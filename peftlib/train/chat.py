@@ -22,6 +22,16 @@ class ChatTemplate:
 
     Raises:
         PeftlibError: it has none.
+
+    Example:
+        >>> class Marked:  # as much of a transformers tokenizer as is asked of one
+        ...     chat_template, eos_token = "its Jinja", "</s>"
+        ...
+        ...     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        ...         text = "".join(f"<{m['role'][0]}>{m['content']}</s>" for m in messages)
+        ...         return text + ("<a>" if add_generation_prompt else "")
+        >>> ChatTemplate(Marked()).segments([("user", "1+1?"), ("assistant", "2")])
+        (('<u>1+1?</s><a>', False), ('2</s>', True))
     """
 
     tokenizer: Any

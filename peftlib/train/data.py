@@ -76,6 +76,11 @@ class Example:
         segments: pieces of text, and whether each is trained.
         source: file and line.
         closed: trained pieces hold the token that ends them; otherwise ``encode`` adds it.
+
+    Example:
+        >>> question = Example((("1+1=", False), ("2", True)), source="sums.jsonl, line 1")
+        >>> "".join(text for text, trained in question.segments if trained)
+        '2'
     """
 
     segments: tuple[tuple[str, bool], ...]
@@ -85,7 +90,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Preference:
-    """One prompt and two completions, of which ``chosen`` is the better."""
+    """One prompt and two completions, of which ``chosen`` is the better.
+
+    Example:
+        >>> Preference(prompt="1+1=", chosen="2", rejected="3").chosen
+        '2'
+    """
 
     prompt: str
     chosen: str

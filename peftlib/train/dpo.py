@@ -81,6 +81,16 @@ def dpo(
 
     Raises:
         PeftlibError: the policy is its own reference, an odd number of rows, an empty completion.
+
+    Example:
+        >>> import peftlib
+        >>> from peftlib.train import Encoded, Pair, pad_pairs
+        >>> model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9))
+        >>> tuning = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["1"])
+        >>> pair = Pair(chosen=Encoded([1, 2], [-100, 2]), rejected=Encoded([1, 3], [-100, 3]))
+        >>> loss, pairs = dpo(model, pad_pairs([pair], pad_id=0))
+        >>> round(loss.item(), 4), pairs
+        (0.6931, 1)
     """
     if len(get(batch, "labels")) % 2:
         raise PeftlibError("dpo takes pairs: the chosen rows and then as many rejected ones; see pad_pairs.")
@@ -118,6 +128,16 @@ def kto(
 
     Raises:
         PeftlibError: as :func:`dpo`.
+
+    Example:
+        >>> import peftlib
+        >>> from peftlib.train import Encoded, Judged, pad_judged
+        >>> model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9))
+        >>> tuning = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["1"])
+        >>> good = Judged(Encoded([1, 2], [-100, 2]), desirable=True)
+        >>> loss, rows = kto(model, pad_judged([good, Judged(good.example, desirable=False)], pad_id=0))
+        >>> round((loss / rows).item(), 4)
+        0.5
     """
     desirable, mismatched = get(batch, "desirable"), get(batch, "mismatched")
     there = _reference_logps(model, batch, reference, False, head)

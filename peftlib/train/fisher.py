@@ -37,6 +37,15 @@ class Fisher:
         values: name of a weight in the model -> its shape, float32 or wider.
         targets: how many there were.
         labels: whose labels they were, ``"data"`` or ``"model"``.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Fisher({"weight": torch.tensor([20.0])}, targets=2, labels="data").save(
+        ...         f"{folder}/old.safetensors"
+        ...     )
+        ...     Fisher.load(f"{folder}/old.safetensors").values
+        {'weight': tensor([20.])}
     """
 
     values: Mapping[str, Tensor]

@@ -39,6 +39,13 @@ class Generated:
         logps: (B, T), log-probability of each id at the temperature it was drawn at, before top-k and top-p; 0 outside.
         stopped: (B,), whether a stop id came.
         cached: whether keys and values were kept; else the model ran over everything for each token.
+
+    Example:
+        >>> done = generate(nn.Embedding(7, 7), [[1], [2, 3]], max_new_tokens=4)
+        >>> done.completions.shape, done.mask.all().item(), done.stopped.any().item()
+        (torch.Size([2, 4]), True, False)
+        >>> done.lists() == done.completions.tolist()
+        True
     """
 
     ids: Tensor

@@ -77,6 +77,27 @@ def grpo(
 
     Raises:
         PeftlibError, NonFiniteError: as :func:`peftlib.train.ppo`.
+
+    Example:
+        >>> import peftlib
+        >>> model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 5))
+        >>> policy = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["1"])
+        >>> def reward(prompts, completions):  # the more often a 3, the better
+        ...     return [float(ids.count(3)) for ids in completions]
+        >>> history = grpo(
+        ...     model,
+        ...     [[[1], [2]]],
+        ...     reward,
+        ...     policy=policy,
+        ...     optimizer=torch.optim.Adam(policy.parameters(), lr=0.05),
+        ...     steps=30,
+        ...     sampling={"max_new_tokens": 4},
+        ... )
+        >>> scores = [value for _, value in history.column("objective/scores")]
+        >>> sum(scores[-5:]) > sum(scores[:5])
+        True
+
+    Source: Shao et al. 2024, arXiv:2402.03300, section 4.1; Dr. GRPO: Liu et al. 2025, arXiv:2503.20783.
     """
     names = names_with(model, policy)
     check_policy(policy, optimizer, "the policy")

@@ -109,6 +109,14 @@ def classification(
 def masked_lm(model: nn.Module, batch: Mapping[str, Any], *, each: bool = False) -> Weighted:
     """Cross-entropy at the hidden positions; :func:`peftlib.train.mask_tokens` makes inputs and labels.
 
+    Example:
+        >>> from peftlib.train import mask_tokens
+        >>> ids = torch.tensor([[2, 5, 6, 7, 3]])
+        >>> inputs, labels = mask_tokens(ids, mask_id=4, vocabulary=8, special=[2, 3])
+        >>> _, count = masked_lm(nn.Embedding(8, 8), {"inputs": inputs, "labels": labels})
+        >>> count == (labels != -100).sum().item()
+        True
+
     Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1.
     """
     return classification(model, batch, each=each)
@@ -165,6 +173,10 @@ def cross_entropy(
 
     Raises:
         PeftlibError: every label is -100.
+
+    Example:
+        >>> cross_entropy(torch.zeros(3, 2), torch.tensor([0, 1, -100]))  # 2 ln 2
+        (tensor(1.3863), 2)
     """
     there = labels != IGNORE
     count = _some(there)

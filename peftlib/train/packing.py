@@ -22,7 +22,13 @@ from peftlib.train.tokens import Tokenizer
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example: ``ids``, and ``labels`` that are the id where it is trained and -100 elsewhere."""
+    """One example: ``ids``, and ``labels`` that are the id where it is trained and -100 elsewhere.
+
+    Example:
+        >>> example = Encoded(ids=[5, 6, 2], labels=[-100, 6, 2])
+        >>> sum(label != -100 for label in example.labels)  # tokens that are trained
+        2
+    """
 
     ids: list[int]
     labels: list[int]
@@ -145,7 +151,14 @@ def pad(
 
 
 def padder(tokenizer: Tokenizer, **options: Any) -> Callable[[Sequence[Encoded]], dict[str, Any]]:
-    """:func:`pad` with a tokenizer's padding, as ``collate`` of :class:`peftlib.train.Batches`."""
+    """:func:`pad` with a tokenizer's padding, as ``collate`` of :class:`peftlib.train.Batches`.
+
+    Example:
+        >>> from peftlib.train import byte_tokenizer
+        >>> collate = padder(byte_tokenizer(), side="left")
+        >>> collate([Encoded([97], [97]), Encoded([98, 99], [98, 99])])["inputs"].tolist()
+        [[256, 97], [98, 99]]
+    """
     return partial(pad, pad_id=tokenizer.pad_id, **options)
 
 

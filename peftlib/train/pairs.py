@@ -21,7 +21,12 @@ from peftlib.train.tokens import Tokenizer
 
 @dataclass(frozen=True)
 class Pair:
-    """Two completions of one prompt; ``margin`` is by how much the first is better, if that is known."""
+    """Two completions of one prompt; ``margin`` is by how much the first is better, if that is known.
+
+    Example:
+        >>> Pair(Encoded([1, 2], [-100, 2]), Encoded([1, 3], [-100, 3])).margin
+        0.0
+    """
 
     chosen: Encoded
     rejected: Encoded
@@ -30,7 +35,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judged:
-    """A prompt with one completion, and whether it is a good one."""
+    """A prompt with one completion, and whether it is a good one.
+
+    Example:
+        >>> Judged(Encoded([1, 2], [-100, 2]), desirable=True).desirable
+        True
+    """
 
     example: Encoded
     desirable: bool
@@ -77,6 +87,12 @@ def pad_judged(judged: Sequence[Judged], pad_id: int) -> dict[str, Any]:
 
     Raises:
         PeftlibError: an example whose prompt is not one piece before its completion.
+
+    Example:
+        >>> good = Judged(Encoded([1, 2], [-100, 2]), True)
+        >>> batch = pad_judged([good, Judged(Encoded([3, 4], [-100, 4]), False)], pad_id=0)
+        >>> batch["desirable"].tolist(), batch["mismatched"]["inputs"].tolist()
+        ([True, False], [[1, 4], [3, 2]])
     """
     halves = [_halves(one.example) for one in judged]
     others = [
@@ -91,12 +107,28 @@ def pad_judged(judged: Sequence[Judged], pad_id: int) -> dict[str, Any]:
 
 
 def pair_padder(tokenizer: Tokenizer) -> Callable[[Sequence[Pair]], dict[str, Any]]:
-    """:func:`pad_pairs` as ``collate`` of :class:`peftlib.train.Batches`."""
+    """:func:`pad_pairs` as ``collate`` of :class:`peftlib.train.Batches`.
+
+    Example:
+        >>> from peftlib.train import Batches, byte_tokenizer
+        >>> tokenizer = byte_tokenizer()
+        >>> pairs = [encode_pair(Preference("1+1=", "2", "three"), tokenizer)]
+        >>> [batch["inputs"].shape for batch in Batches(pairs, 8, pair_padder(tokenizer))]
+        [torch.Size([2, 10])]
+    """
     return partial(pad_pairs, pad_id=tokenizer.pad_id)
 
 
 def judged_padder(tokenizer: Tokenizer) -> Callable[[Sequence[Judged]], dict[str, Any]]:
-    """:func:`pad_judged` as ``collate`` of :class:`peftlib.train.Batches`."""
+    """:func:`pad_judged` as ``collate`` of :class:`peftlib.train.Batches`.
+
+    Example:
+        >>> from peftlib.train import Batches, byte_tokenizer
+        >>> tokenizer = byte_tokenizer()
+        >>> judged = [Judged(encode(Example((("1+1=", False), ("2", True))), tokenizer), True)]
+        >>> [batch["inputs"].shape for batch in Batches(judged, 8, judged_padder(tokenizer))]
+        [torch.Size([1, 6])]
+    """
     return partial(pad_judged, pad_id=tokenizer.pad_id)
 
 

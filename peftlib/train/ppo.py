@@ -99,6 +99,28 @@ def ppo(
         PeftlibError: tunings, optimizers or settings that do not go together, a reward that is no number, a first
             minibatch whose ratio is not 1.
         NonFiniteError: a gradient is no number.
+
+    Example:
+        >>> import peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(5, 8), torch.nn.Linear(8, 5))
+        >>> value = peftlib.attach(model, {"1": peftlib.NewHead(1)}, name="value").disable()
+        >>> policy = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["1"])
+        >>> def reward(prompts, completions):  # the more often a 3, the better
+        ...     return [float(ids.count(3)) for ids in completions]
+        >>> history = ppo(
+        ...     model,
+        ...     [[[1], [2]] * 8],
+        ...     reward,
+        ...     policy=policy,
+        ...     value=peftlib.train.init_head(value),
+        ...     optimizer=torch.optim.Adam(policy.parameters(), lr=0.05),
+        ...     value_optimizer=torch.optim.Adam(value.parameters(), lr=0.05),
+        ...     steps=20,
+        ...     sampling={"max_new_tokens": 4},
+        ... )
+        >>> scores = [number for _, number in history.column("objective/scores")]
+        >>> sum(scores[-5:]) > sum(scores[:5])
+        True
     """
     names = names_with(model, policy, [value])
     check_policy(policy, optimizer, "the policy")

@@ -57,6 +57,15 @@ def score(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
     Raises:
         PeftlibError: an output of more numbers, or a row without a token.
+
+    Example:
+        >>> class Numbers(nn.Module):  # a token's number is its id
+        ...     def forward(self, ids):
+        ...         return ids.float()
+        >>> score(
+        ...     Numbers(), {"inputs": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+        ... )
+        tensor([6.])
     """
     output = forward(model, batch)
     there = batch["attention_mask"].bool() if "attention_mask" in batch else get(batch, "labels") != IGNORE
@@ -78,6 +87,16 @@ def reward_model(model: nn.Module, batch: Mapping[str, Any], *, centering: float
 
     Returns:
         The sum over pairs, and their number.
+
+    Example:
+        >>> import peftlib
+        >>> from peftlib.train import Encoded, Pair, pad_pairs
+        >>> model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9))
+        >>> tuning = init_head(peftlib.attach(model, {"1": peftlib.NewHead(1)}, name="reward"))
+        >>> same = Encoded([1, 2], [-100, 2])
+        >>> loss, pairs = reward_model(model, pad_pairs([Pair(same, same)], pad_id=0))
+        >>> round(loss.item(), 4), pairs  # ln 2: it cannot tell them apart
+        (0.6931, 1)
     """
     chosen, rejected = score(model, batch).chunk(2)
     margin = batch.get("margin")
@@ -91,6 +110,16 @@ def reward_accuracy(model: nn.Module, batches: Any) -> dict[str, float]:
     """How often the better one has the higher score, and by how much on average: ``accuracy`` and ``margin``.
 
     For ``evaluate=functools.partial(reward_accuracy, batches=...)`` of :func:`peftlib.train.fit`.
+
+    Raises:
+        PeftlibError: no batches, or as :func:`score`.
+
+    Example:
+        >>> from peftlib.train import Encoded, Pair, pad_pairs
+        >>> model = nn.Embedding.from_pretrained(torch.arange(9.0)[:, None])  # a token's number is its id
+        >>> pairs = [Pair(Encoded([1, 7], [-100, 7]), Encoded([1, 4], [-100, 4]))]
+        >>> reward_accuracy(model, [pad_pairs(pairs, pad_id=0)])
+        {'accuracy': 1.0, 'margin': 3.0}
     """
     device = next(model.parameters()).device
     gaps = []

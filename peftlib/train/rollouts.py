@@ -37,6 +37,15 @@ class Rollout:
         logps, reference_logps, entropy: (B, T), 0 outside the mask.
         scores: (B,) rewards, the penalty for not stopping included.
         stopped: (B,).
+
+    Example:
+        >>> import peftlib
+        >>> model = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 7))
+        >>> policy = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["1"])
+        >>> done = roll_out(model, [[1]], lambda prompts, completions: [2.0], sampling={"max_new_tokens": 4})
+        >>> numbers = done.numbers()
+        >>> numbers["objective/scores"], numbers["objective/kl"]  # the policy is its reference yet
+        (2.0, 0.0)
     """
 
     ids: Tensor
@@ -85,6 +94,15 @@ def roll_out(
 
     Raises:
         PeftlibError: as those raise; a reward that is not one finite number per completion.
+
+    Example:
+        >>> import peftlib
+        >>> model = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 7))
+        >>> policy = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["1"])
+        >>> def reward(prompts, completions):
+        ...     return [float(len(ids)) for ids in completions]
+        >>> roll_out(model, [[1], [2, 3]], reward, sampling={"max_new_tokens": 4}).scores
+        tensor([4., 4.])
     """
     temperature = sampling.get("temperature", 1.0)
     if not temperature > 0:

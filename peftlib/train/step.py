@@ -32,6 +32,17 @@ class NonFiniteError(PeftlibError):
     Attributes:
         step: the step that was not made.
         batches: the micro-batches of its window.
+
+    Example:
+        >>> from peftlib.train import fit
+        >>> model = nn.Linear(1, 1)
+        >>> data = [torch.ones(1, 1), torch.full((1, 1), torch.inf)]
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> try:
+        ...     fit(model, data, lambda model, x: model(x).sum(), optimizer=optimizer, epochs=1)
+        ... except NonFiniteError as error:
+        ...     print(error.step, error.batches)
+        1 [tensor([[inf]])]
     """
 
     def __init__(self, message: str, step: int, batches: Sequence[Any]):
@@ -61,6 +72,19 @@ def train_step(
 
     Raises:
         PeftlibError: the loss does not depend on what is trained, or counts no targets.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> window = [torch.ones(1, 1), torch.ones(3, 1)]  # two micro-batches, four targets
+        >>> row = train_step(
+        ...     model,
+        ...     window,
+        ...     lambda model, x: ((model(x) - 2).square().sum(), len(x)),
+        ...     torch.optim.SGD(model.parameters(), lr=0.25),
+        ... )
+        >>> row["loss"], row["norm"], row["targets"], model.weight.item()
+        (4.0, 4.0, 4.0, 1.0)
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device

@@ -19,6 +19,18 @@ class Tokenizer:
         eos_id: ends a completion.
         pad_id: fills rows; it may be ``eos_id``, as padding is known by lengths here and never by its id.
         vocabulary: ids are below it.
+
+    Example:
+        >>> words = ["<end>", "no", "yes"]
+        >>> tokenizer = Tokenizer(
+        ...     encode=lambda text: [words.index(word) for word in text.split()],
+        ...     decode=lambda ids: " ".join(words[i] for i in ids),
+        ...     eos_id=0,
+        ...     pad_id=0,
+        ...     vocabulary=len(words),
+        ... )
+        >>> tokenizer.decode(tokenizer.encode("yes no"))
+        'yes no'
     """
 
     encode: Callable[[str], list[int]]
