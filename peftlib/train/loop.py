@@ -90,7 +90,8 @@ def fit(
         resume: go on from ``checkpoint_dir``, or begin where nothing is there. The model has to have the same base
             and tuning, the optimizer the same class and groups, ``batches`` the same contents.
         callbacks: called with each step's row of the history; one that returns True ends the training.
-        progress: a bar on stderr (needs tqdm); None shows it in a terminal only.
+        progress: a bar on stderr (needs tqdm) with loss, rate, targets per second (tokens, of a language model), time
+            left and memory; None shows it in a terminal only.
         seed: of all generators during training, which are then as they were; None leaves them alone.
         parallel: under torchrun, ``"ddp"`` (each process holds all) or ``"fsdp"`` (shards; model and optimizer stay
             sharded afterwards). Each process takes its rows of the same :class:`Batches`; of anything else, whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from functools import partial
 
 import pytest
@@ -316,6 +317,8 @@ def test_the_bar_shows_what_happens(capsys):
     fit(model, data([2]), squares, optimizer=adam(tuning), steps=2, progress=True)
     shown = capsys.readouterr().err
     assert all(word in shown for word in ("2/2", "loss=", "rate=0.05", "targets/s=", "memory="))
+    # the time that is left, beside what has passed
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", shown)
 
 
 def detached(model, batch):
