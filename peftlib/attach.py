@@ -18,8 +18,9 @@ from peftlib.methods.new_head import NewHead
 from peftlib.open_attention import Projection
 from peftlib.part import Part
 from peftlib.registry import registry
+from peftlib.selection import select
 from peftlib.site import TUNINGS, can_open_attention, check_no_route, close_host, open_host, set_active
-from peftlib.targets import Tree, describe, select
+from peftlib.targets import Tree, describe
 from peftlib.tuning import Tuning
 
 if TYPE_CHECKING:

@@ -79,6 +79,8 @@ class Record:
     heads: list[str] = field(default_factory=list)
     foreign: set[str] = field(default_factory=set)
     """Modules that call F.multi_head_attention_forward themselves, whose SDPA cannot be reached."""
+    reads: dict[str, str] = field(default_factory=dict)
+    """Parameters read while no module that has them ran, each with the module whose forward read it."""
     output: Any = None
     values: dict[str, tuple[Tensor, Tensor]] | None = None
     """Keys and values of each attention's first call, where a real forward was asked for them."""
@@ -137,7 +139,7 @@ def observe(
             )
         )
     try:
-        with _Watch(stack, record):
+        with _Watch(stack, record, _owners(model, prefix)):
             output = model(*args, **kwargs)
     except Exception as error:
         error.peft_where = stack[-1] if stack else ""  # type: ignore[attr-defined]
@@ -172,6 +174,27 @@ def _named(
             yield from _named(child, f"{prefix}.{key}" if prefix else key, seen)
 
 
+def _owners(model: nn.Module, prefix: str) -> dict[int, dict[str, str]]:
+    """For each parameter, by id: the modules that have it, each with the name it has there."""
+    found: dict[int, dict[str, str]] = {}
+    for owner, module in _named(model, prefix):
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), {})[owner] = own
+    return found
+
+
+_LIKE = {
+    torch.zeros_like,
+    torch.ones_like,
+    torch.empty_like,
+    torch.full_like,
+    torch.rand_like,
+    torch.randn_like,
+}
+_LIKE |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor}
+_AS_OTHER = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
+"""What asks a tensor, or all but its first one, for no values: only for shape, dtype or device."""
 _RESHAPES = (Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten)
 _REPEATS = (Tensor.repeat_interleave, torch.repeat_interleave)
 
@@ -190,11 +213,14 @@ def _repeats(source: Any, result: Any) -> int:
 
 
 class _Watch(TorchFunctionMode):
-    """Note which module makes each SDPA call, and how many heads its keys had before they were repeated."""
+    """Note which module makes each SDPA call, how many heads its keys had before they were repeated, and who reads
+    a parameter of others.
+    """
 
-    def __init__(self, stack: list[str], record: Record):
+    def __init__(self, stack: list[str], record: Record, owners: dict[int, dict[str, str]]):
         self._stack = stack
         self._record = record
+        self._owners = owners
         self._repeated: dict[Any, tuple[int, Tensor]] = {}
         """Storage of a tensor of repeated heads -> how often, and the tensor, so that the storage is not used again."""
 
@@ -207,11 +233,21 @@ class _Watch(TorchFunctionMode):
         elif func is F.multi_head_attention_forward and self._stack:
             self._record.foreign.add(self._stack[-1])
         result = func(*args, **kwargs)
+        if func not in _LIKE and first_tensor(result) is not None:
+            self._note_reads(args[:1] if func in _AS_OTHER else (*args, *kwargs.values()))
         if func in _RESHAPES or func in _REPEATS:
             times = _repeats(args[0] if args else kwargs.get("input"), result)
             if times > 1:
                 self._repeated[_storage(result)] = (times, result)
         return result
+
+    def _note_reads(self, given: Any) -> None:
+        for tensor in tensors_of(given):
+            owners = self._owners.get(id(tensor))
+            if owners and owners.keys().isdisjoint(self._stack):
+                reader = self._stack[-1] if self._stack else ""
+                for owner, own in owners.items():
+                    self._record.reads.setdefault(f"{owner}.{own}", reader)
 
     def _heads(self, tensor: Tensor) -> int:
         """The heads that differ in a call's key or value."""

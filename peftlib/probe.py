@@ -63,6 +63,13 @@ class Probe:
             return True
         return site.name in self.record.traces
 
+    def read_elsewhere(self, site: Site) -> tuple[str, str] | None:
+        """A weight of the site that is read while the site does not run, and the module whose forward reads it."""
+        reads = self.record.reads
+        weights = (own for own, p in site.module._parameters.items() if p is not None and p.dim() > 1)
+        names = (f"{site.name}.{own}" for own in weights)
+        return next(((name, reads[name]) for name in names if name in reads), None)
+
     def part(self, name: str) -> nn.Module:
         """The copy's module of a name."""
         return self._copy.get_submodule(name)

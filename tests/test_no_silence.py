@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import peftlib
-from peftlib import Adapter, NewHead, PeftlibError, PromptTuning, PTuningV2, TokenRows
+from peftlib import Adapter, BitFit, LoRA, NewHead, PeftlibError, PromptTuning, PTuningV2, TokenRows
+from peftlib.errors import TargetError
 
 
 class Decoder(nn.Module):
@@ -130,3 +131,48 @@ def test_heads_and_token_tables_are_found_by_the_example():
     assert model(IDS).shape == (2, 5, 4)
     tuning.detach()
     assert list(peftlib.attach(model, TokenRows(ids=[3]), example=IDS).sites) == ["tok"]
+
+
+class TiedByHand(nn.Module):
+    """Its logits read the table itself, which no call of the embedding sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.tok, self.mix = nn.Embedding(11, 8), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        x = self.mix(self.tok(ids)).to(self.tok.weight) + torch.zeros_like(self.mix.weight)[0]
+        return F.linear(x * self.mix.weight.new_ones(8), self.tok.weight)
+
+
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=2), TokenRows(ids=[1, 3])], ids=str
+)
+@pytest.mark.parametrize("build", [TiedByHand, lambda: nn.Sequential(TiedByHand())], ids=["root", "inside"])
+def test_a_weight_that_is_read_outside_its_module(method, build):
+    model = build()
+    name = next(n for n, m in model.named_modules() if isinstance(m, nn.Embedding))
+    before = dict(model.state_dict())
+    with pytest.raises(
+        TargetError, match=rf"'{name}' cannot carry .*reads '{name}.weight' itself.*Target the param"
+    ):
+        peftlib.attach(model, method, targets=[name], example=IDS)
+    assert model.state_dict().keys() == before.keys()
+    assert not peftlib.tunings(model)
+    # A default passes it over and says so; asking for dtype, device or shape of a weight is no reading of it.
+    tuning = peftlib.attach(model, LoRA(rank=2), example=IDS)
+    assert all("tok" not in site for site in tuning.sites)
+
+
+def test_the_parameter_is_followed_wherever_it_is_read():
+    model = TiedByHand().double()
+    tuning = peftlib.attach(model, LoRA(rank=2), targets=["tok.weight", "mix"], example=IDS)
+    with torch.no_grad():
+        for p in tuning.parameters():
+            p.normal_()
+    tuned = model(IDS)
+    plain = TiedByHand().double()
+    plain.load_state_dict(peftlib.merged_state_dict(model))
+    torch.testing.assert_close(plain(IDS), tuned)
+    tuning.detach()
+    peftlib.attach(model, BitFit(), example=IDS)  # trains the bias itself, wherever it is read

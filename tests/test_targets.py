@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import peftlib
 from peftlib import Adapter, BitFit, FullFineTuning, LoRA, PeftlibError
-from peftlib.targets import Tree, select
+from peftlib.selection import select
+from peftlib.targets import Tree
 from tests.twin import assert_untouched, classes, snapshot
 
 

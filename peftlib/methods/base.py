@@ -158,6 +158,9 @@ class Method(ABC):
     head: Any = None
     dtype: torch.dtype | None = None
 
+    follows_calls: ClassVar[bool] = False
+    """True if it changes a module's weight in effect, but only in the module's own calls."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         METHODS[cls.__name__] = cls

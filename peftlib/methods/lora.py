@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -70,6 +70,7 @@ class LoRA(Method):
     DoRA: Liu et al. 2024, arXiv:2402.09353, section 4 (4.3 for the constant norm).
     """
 
+    follows_calls: ClassVar[bool] = True
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,7 @@ class TokenRows(Method):
         16
     """
 
+    follows_calls: ClassVar[bool] = True
     ids: Sequence[int]
 
     def __post_init__(self) -> None:
