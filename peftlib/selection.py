@@ -123,8 +123,8 @@ def _half_reached(method: Method, site: Site, probe: Probe | None) -> str | None
         return None
     parameter, reader = read
     return (
-        f"{repr(reader) if reader else 'the root'} reads {parameter!r} itself, outside any call of {site.name!r}: there the weight "
-        f"would stay as it was, and merging would change it there too. Target the parameter, {parameter!r} with LoRA, "
+        f"{repr(reader) if reader else 'the root'} reads {parameter!r} itself, outside any call of {site.name!r}: there "
+        f"the weight would stay as it was, and merging would change it there too. Target the parameter, {parameter!r} with LoRA, "
         "which acts wherever it is read"
     )
 
