@@ -2,6 +2,8 @@
 
     python -m benchmarks.forgetting
 
+It takes about 7 minutes of processor time, a third of them pretraining that is kept for the next time.
+
 The byte-level GPT of `benchmarks.savings`, pretrained on docstrings, is fine-tuned on code; what it then knows less of
 docstrings is what it forgot. Every run is seen at several steps, because a remedy that only slows learning down is a
 shorter run: what counts is what is forgotten at the same gain.
@@ -204,6 +206,7 @@ def table(results: Mapping[str, Any]) -> Table:
             f"Held-out loss, nats per token; before: {new} {results['before'][new]:.3f}, "
             f"{old} {results['before'][old]:.3f}.",
             "Last column: where the run first gains as much, between looks on a straight line; - is never.",
+            'Early stopping has no row: stopped at that gain, a run has forgotten the last column of "nothing".',
             f"Each run: {budget['batch']} x {budget['context']} tokens a step, AdamW, the same seed "
             f"({results['seed']}).",
             f"{machine['threads']} threads of {machine['cores']} cores, torch {machine['torch']}, Python "
