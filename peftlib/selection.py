@@ -122,10 +122,10 @@ def _half_reached(method: Method, site: Site, probe: Probe | None) -> str | None
     if read is None:
         return None
     parameter, reader = read
+    where = repr(reader) if reader else "the root"
     return (
-        f"{repr(reader) if reader else 'the root'} reads {parameter!r} itself, outside any call of {site.name!r}: there "
-        f"the weight would stay as it was, and merging would change it there too. Target the parameter, {parameter!r} with LoRA, "
-        "which acts wherever it is read"
+        f"{where} reads {parameter!r} itself, outside any call of {site.name!r}: there the weight stays as it was, "
+        f"and merging would change it there too. Target the parameter, {parameter!r} with LoRA, to act at every read"
     )
 
 
