@@ -145,9 +145,7 @@ class TiedByHand(nn.Module):
         return F.linear(x * self.mix.weight.new_ones(8), self.tok.weight)
 
 
-@pytest.mark.parametrize(
-    "method", [LoRA(rank=2), TokenRows(ids=[1, 3])], ids=str
-)
+@pytest.mark.parametrize("method", [LoRA(rank=2), TokenRows(ids=[1, 3])], ids=str)
 @pytest.mark.parametrize("build", [TiedByHand, lambda: nn.Sequential(TiedByHand())], ids=["root", "inside"])
 def test_a_weight_that_is_read_outside_its_module(method, build):
     model = build()
