@@ -252,9 +252,12 @@ def _open_class(plain: Any, shadows: frozenset[str]) -> type:
             if self.training and not torch.is_grad_enabled():
                 _check_checkpoint(plain)
         call = functools.partial(run, self)
-        for delta in self._peft_active:  # type: ignore[union-attr]
+        chain: Any = self._peft_active
+        if not chain:
+            return call(*args, **kwargs)
+        for delta in chain[:-1]:
             call = functools.partial(delta.forward, call)
-        return call(*args, **kwargs)
+        return chain[-1].forward(call, *args, **kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         make, args, *rest = plain.__reduce_ex__(self, protocol)

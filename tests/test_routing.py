@@ -655,6 +655,38 @@ def test_nested_tensors_are_refused():
         model(torch.randn(2, 3, 8), src_key_padding_mask=padding)
 
 
+class Remembering(nn.Linear):
+    """Answers with a tensor that it keeps."""
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_output_that_others_hold_is_left_as_it_is(grad):
+    torch.manual_seed(0)
+    model = nn.Sequential(Remembering(4, 4)).double()
+    put(model, {name: (LoRA(rank=1), None) for name in "ab"})
+    x = torch.randn(ROWS, 3, 4, dtype=torch.float64)
+    plain = model(x)
+    with peftlib.route(model, ["a", "b", None, "a"], example=x), torch.set_grad_enabled(grad):
+        assert not torch.equal(model(x), plain)
+    assert torch.equal(model[0].last, plain)
+
+
+def test_without_gradients_the_update_is_added_where_the_output_lies():
+    model = nn.Sequential(nn.Linear(4, 4))
+    put(model, {name: (LoRA(rank=1), None) for name in "ab"})
+    x = torch.randn(ROWS, 3, 4)
+    with peftlib.route(model, ["a", "b", None, "a"], example=x):
+        trained = model(x)
+        with torch.no_grad(), Operations() as seen:
+            torch.testing.assert_close(model(x), trained)
+    assert seen.count[torch.ops.aten.baddbmm_.default] == 1
+    assert not seen.count[torch.ops.aten.baddbmm.default]
+
+
 def test_generation_with_a_cache():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

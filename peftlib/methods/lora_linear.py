@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftlib.kernels.low_rank import add_low_rank, low_rank_linear
+from peftlib.kernels.low_rank import add_low_rank, fuses, low_rank_linear
 from peftlib.kernels.routed import add_routed, can_route
 from peftlib.kernels.shared_input import LowRankLinear
 from peftlib.methods.base import (
@@ -69,14 +69,18 @@ class LinearLoRA(LowRank):
                 y = self.together[0].take(self.together[1:], self, args[0])
                 if y is not None:
                     return y
-            host: Any = self._host[0]
-            return low_rank_linear(args[0], host.weight, host.bias, self.a, self.b, self.scaling, p)
+            return low_rank_linear(args[0], *self.linear(), self.scaling, p)
         x = first_argument(args, kwargs)
         add: Callable[[Tensor], Tensor] = lambda y: add_low_rank(y, x, self.a, self.b, self.scaling, p)  # noqa: E731
         return map_first(base(*args, **kwargs), add)
 
     def linear(self) -> LowRankLinear:
         host: Any = self._host[0]
+        own: Any = host._parameters
+        ours: Any = self._parameters
+        if "weight" in own and "a" in ours and not host._peft_weights:
+            # Past nn.Module.__getattr__, which takes as long as one of the products.
+            return LowRankLinear(own["weight"], own.get("bias"), ours["a"], ours["b"])
         return LowRankLinear(host.weight, host.bias, self.a, self.b)
 
     def ready_to_share(self) -> bool:
@@ -106,22 +110,25 @@ class LinearLoRA(LowRank):
             return rowwise(rows, base, args, kwargs)
         x = first_argument(args, kwargs)
         at = rows.axis(x)
-        factors = lambda: [rows.together(read) for read in (lambda d: d.a, lambda d: d.b.T)]  # noqa: E731
         output = base(*args, **kwargs)
+        fresh = type(base) is partial and base.func in _OPEN_LINEARS and not torch.is_grad_enabled()
 
         def add(y: Tensor) -> Tensor:
             x_BNI = at.split(first.drop(x), len(rows)).reshape(len(rows), -1, x.shape[-1])
             y_B = at.split(y, len(rows))
             y_BNO = y_B.reshape(len(rows), -1, y.shape[-1])
             if can_route(y, x, (d.a for d in deltas)):
-                a_URI, b_URO = rows.kept("factors", factors, own_parameters)
+                a_URI, b_URO = rows.kept("factors", partial(_factors, rows), own_parameters)
                 new_BNO = add_routed(y_BNO, x_BNI, a_URI, b_URO, *rows.by_tuning("scaling", x.device))
-            else:
-                a_BRI, b_BRO = rows.kept("rows", lambda: [rows.by_row(t) for t in factors()], own_parameters)
-                s_BNR = torch.bmm(x_BNI, a_BRI.to(x.dtype).mT) * rows.scalars("scaling", x)
-                # The sum in the output's dtype, as without routing: a factor's (dtype=) never becomes the model's.
-                new_BNO = torch.baddbmm(y_BNO, s_BNR.to(y.dtype), b_BRO.to(y.dtype))
-            return at.join(new_BNO.view(y_B.shape))
+                return at.join(new_BNO.view(y_B.shape))
+            a_BIR, b_BRO = rows.kept("rows", partial(_by_row, rows), own_parameters)
+            # The sum in the output's dtype, as without routing: a factor's (dtype=) never becomes the model's.
+            s_BNR, b_BRO = torch.bmm(x_BNI, a_BIR.to(x.dtype)).to(y.dtype), b_BRO.to(y.dtype)
+            if fresh and fuses(x, y) and y_BNO.data_ptr() == y.data_ptr():
+                # Nobody else has seen this output, and reshaping did not copy it.
+                y_BNO.baddbmm_(s_BNR, b_BRO)
+                return y
+            return at.join(torch.baddbmm(y_BNO, s_BNR, b_BRO).view(y_B.shape))
 
         return map_first(output, add)
 
@@ -161,3 +168,16 @@ class LinearLoRA(LowRank):
         a, b = wide(self.a), wide(self.b)
         dense_OI = self._spread(a, b, lambda a, b: b @ a, 0) if self.rows else b @ a
         return self.scaling * (dense_OI.T if is_transposed(self._host[0]) else dense_OI)
+
+
+def _factors(rows: Rows) -> tuple[Tensor, Tensor]:
+    """``A`` (U, R, I) and ``Bᵀ`` (U, R, O) of each delta."""
+    return rows.together(lambda d: d.a), rows.together(lambda d: d.b.T)
+
+
+def _by_row(rows: Rows) -> tuple[Tensor, Tensor]:
+    """``Aᵀ`` (B, I, R) and ``s Bᵀ`` (B, R, O) of each row's delta."""
+    a_BRI, b_BRO = map(rows.by_row, _factors(rows))
+    a_BIR, b_BRO = a_BRI.mT, b_BRO * rows.scalars("scaling", b_BRO)
+    # What is kept lies in the order in which the products read it; what is not is read once.
+    return (a_BIR, b_BRO) if torch.is_grad_enabled() else (a_BIR.contiguous(), b_BRO.contiguous())

@@ -12,6 +12,7 @@ Shape legend: B rows, U different deltas, N sizes of one delta's tensor.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -155,7 +156,7 @@ class Rows:
             self._kept.clear()
             return make()
         cache = self._kept.setdefault(what, FrozenCache())
-        return cache([t for delta in self.deltas for t in sources(delta)], make)
+        return cache(list(itertools.chain.from_iterable(map(sources, self.deltas))), make)
 
     def together(self, read: Callable[[Any], Tensor]) -> Tensor:
         """(U, N): a tensor of each delta."""
