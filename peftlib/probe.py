@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from peftlib.copies import cloned, spared, structural_copy
@@ -81,7 +81,7 @@ class Probe:
         args, kwargs = spared((args, dict(kwargs)))
         with torch.random.fork_rng(devices=[], enabled=not self.fake), torch.enable_grad():
             if self.fake:
-                with self._mode, _quiet():
+                with self._mode, quiet():
                     args, kwargs = pytree.tree_map_only(Tensor, self._faked, (args, dict(kwargs)))
                     record.output = observe(part, args, kwargs, record, name)
             else:
@@ -119,7 +119,7 @@ class Probe:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without torch's own log of a failing fake operator: the error that is raised says it."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.level
@@ -151,6 +151,12 @@ def as_call(example: Any) -> Call:
 def _why(model: nn.Module, error: Exception) -> str:
     where = getattr(error, "peft_where", "")
     lines = str(error).strip().splitlines()
+    if isinstance(error, DataDependentOutputException):
+        return (
+            f"{type(model).__name__}{f', in {where!r},' if where else ''} asks a tensor for its value ({lines[0]}), "
+            "which a fake tensor does not have, and a model on the meta device has no other. Give a model with "
+            "weights, or leave example= out where the method does not need it (plan_memory does so if hint= is given)"
+        )
     return (
         f"The example could not be run through {type(model).__name__}"
         f"{f', in {where!r}' if where else ''}: {type(error).__name__}: {lines[0] if lines else ''} -- "

@@ -1,10 +1,13 @@
 """What the pages show is what runs: every Python block, and the commands of the README.
 
-A page's blocks run in order in one namespace, in an empty folder.
+A page's blocks run in order in one namespace, in an empty folder. What the blocks of some pages print stands in their
+``text`` blocks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
@@ -16,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SHOWS_WHAT_IT_PRINTS = {ROOT / "docs" / "memory.md"}
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
@@ -35,9 +39,14 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     torch.manual_seed(0)
-    for line, _, body in python_blocks(page.read_text(encoding="utf-8")):
-        # empty lines before the block: a traceback names the line of the page
-        exec(compile("\n" * line + body, page, "exec"), module.__dict__)
+    text, printed = page.read_text(encoding="utf-8"), []
+    for line, _, body in python_blocks(text):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            # empty lines before the block: a traceback names the line of the page
+            exec(compile("\n" * line + body, page, "exec"), module.__dict__)
+        printed += [output.getvalue()] if output.getvalue() else []
+    if page in SHOWS_WHAT_IT_PRINTS:
+        assert printed == [match["body"] for match in FENCE.finditer(text) if match["info"] == "text"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -159,3 +159,22 @@ def test_a_file_that_is_no_python(tmp_path, capsys):
     (tmp_path / "model.txt").write_text(FILE)
     assert main([f"{tmp_path / 'model.txt'}:build"]) == 2
     assert "is no Python file" in capsys.readouterr().err
+
+
+def test_a_hint_from_the_shell(file, capsys):
+    text = """
+class Asks(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) if x.any() else None
+def asks(): return Asks(nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+"""
+    file.write_text(FILE.replace("def asks", "def other") + text)
+    arguments = [f"{file}:asks", "--checkpointing", "no", "--method", "full", "--method", "lora"]
+    assert main(arguments) == 2
+    assert "hint=" in capsys.readouterr().err
+    assert main([*arguments, "--hint", "true"]) == 0
+    assert "got the hint's: True" in capsys.readouterr().out
+    for wrong in ("maybe", "[1]"):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--hint", wrong])
+        assert "argument --hint: " in capsys.readouterr().err

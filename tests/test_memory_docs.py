@@ -1,7 +1,5 @@
-"""The tables of the memory page are what its code prints."""
+"""The memory page's 70B model needs neither time nor memory; what the page prints is checked with the other pages."""
 
-import contextlib
-import io
 import types
 from pathlib import Path
 
@@ -12,21 +10,6 @@ import peftlib
 from tests.test_docs import FENCE
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
-
-
-def test_what_the_page_shows_is_what_its_blocks_print(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = PAGE.read_text(encoding="utf-8")
-    namespace, printed, shown = types.ModuleType("page_memory").__dict__, [], []
-    for match in FENCE.finditer(text):
-        if match["info"] == "python":
-            output = io.StringIO()
-            with contextlib.redirect_stdout(output):
-                exec(compile(match["body"], PAGE, "exec"), namespace)
-            printed += [output.getvalue()] if output.getvalue() else []
-        elif match["info"] == "text":
-            shown.append(match["body"])
-    assert shown == printed
 
 
 @pytest.mark.slow

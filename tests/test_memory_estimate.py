@@ -101,6 +101,70 @@ def test_checkpointing_that_matches_nothing():
         estimate_memory(Decoder(), ids(), checkpointing=nn.LSTM)
 
 
+class Cached(nn.Module):
+    """Concatenates to a cache that it keeps, as generation does: more is there when it is computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, cache):
+        x = self.linear(x)
+        if cache is not None:
+            cache.append(x)
+            x = torch.cat(cache).tanh().sum(0, keepdim=True)
+        return x
+
+
+class Caching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Cached() for _ in range(2))
+
+    def forward(self, x, use_cache=True):
+        cache = [] if use_cache else None
+        for block in self.blocks:
+            x = block(x, cache)
+        return x
+
+
+def test_checkpointing_of_what_fills_a_cache():
+    model, x = Caching(), torch.ones(2, 4)
+    assert estimate_memory(model, x).peak_bytes
+    assert estimate_memory(model, {"x": x, "use_cache": False}, checkpointing=True).peak_bytes
+    with pytest.raises(TargetError, match=r"^checkpointing=True does not work in Caching.*use_cache=False"):
+        estimate_memory(model, x, checkpointing=True)
+    # a plan goes on without these rows
+    plan = peftlib.plan_memory(Caching, x, {"full": None}, "1MiB")
+    assert [row["checkpoint"] for row in plan.rows] == ["no"]
+    assert any(note.startswith("without checkpointing: checkpointing=True does not") for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"optimizer": "adamw"}, r"optimizer= is str: give what makes one"),
+        (
+            {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])},
+            r"optimizer= is SGD: give what makes one",
+        ),
+        ({"loss": "mse"}, r"loss= is str: give a function"),
+        ({"loss": lambda output: 3.0}, r"the loss is float: it has to be a scalar"),
+        ({"loss": lambda output: output}, r"the loss is torch.float32 of shape \(2, 32\): it has to be"),
+        ({"loss": lambda output: output.detach().sum()}, r"of shape \(\) without a gradient: it has to be"),
+    ],
+)
+def test_optimizers_and_losses_that_are_none(wrong, message):
+    with pytest.raises(PeftlibError, match=message):
+        estimate_memory(tower(), torch.ones(2, 32), **wrong)
+
+
+def test_a_failing_step_is_an_error_and_no_log(caplog):
+    with pytest.raises(ProbeError, match=r"in '0\.0', RuntimeError"):
+        estimate_memory(tower(), torch.ones(2, 31))
+    assert not caplog.records
+
+
 # --- autocast ----------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +232,14 @@ def test_a_hint_answers():
             estimate_memory(model, x, hint=bias > 0, optimizer=lambda p: torch.optim.SGD(p, lr=0.0)) == real
         )
         assert estimate.peak_bytes > 0
+
+
+def test_a_measurement_says_that_a_tensor_was_asked():
+    model, x = Asks(), torch.ones(2, 4)
+    (note,) = measure_memory(lambda: model(x), model=model).notes
+    assert note.startswith("'inner.0' asked a tensor for its value; an estimate may go another way")
+    assert note in str(measure_memory(lambda: model(x), model=model))
+    assert measure_memory(lambda: model.gate(x), model=model).notes == ()
 
 
 @pytest.mark.parametrize(

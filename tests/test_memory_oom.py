@@ -132,8 +132,10 @@ def test_sharding_is_offered_where_weights_are_too_many():
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64)) for _ in range(8)))
     with pytest.raises(OutOfMemory) as caught, peftlib.explain_oom(model, budget="300KiB"):
         run_out(model, torch.ones(1, 64))
-    text = "sharding over 4 ranks; each rank takes a batch of 1, bytes are per rank"
+    text = "sharding over 4 ranks of 1 each"
     assert [remedy.text for remedy in caught.value.remedies] == [text]
+    assert f"- {text}: " in str(caught.value)
+    assert " a rank\n" in str(caught.value)  # whose bytes these are
     assert caught.value.remedies[0].peak_bytes == ShardedOver(4)(model, caught.value.report).peak_bytes
 
 

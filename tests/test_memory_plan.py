@@ -321,3 +321,31 @@ def test_a_factorys_own_error_is_shown():
         PeftlibError, match=r"the factory raised KeyError: 'width' \(test_memory_plan.py, line \d+\)"
     ):
         plan_memory(factory, batch(2), METHODS)
+
+
+# --- models that ask a tensor for its value ------------------------------------------------------------------------
+
+
+class Asks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = nn.Linear(8, 8), nn.Linear(8, 80)
+
+    def forward(self, x):
+        return self.large(x) if x.sum() > 0 else self.small(x)
+
+
+def test_a_hint_answers_for_every_row():
+    x, methods = torch.ones(2, 8), {"full": None, "lora": LoRA(rank=2)}
+    with pytest.raises(ProbeError, match=r"in the root, a step of Asks asks a tensor.*hint="):
+        plan_memory(Asks, x, {"full": None})
+    with pytest.raises(ProbeError, match=r"^Asks asks a tensor for its value.*hint="):
+        plan_memory(Asks, x, {"lora": LoRA(rank=2)})
+    yes, no = (
+        plan_memory(Asks, x, methods, checkpointing=(None,), device="cpu", hint=h) for h in (True, False)
+    )
+    for large, small in zip(yes.rows, no.rows, strict=True):
+        assert large["peak"] > small["peak"]
+    model = Asks()
+    peftlib.attach(model, LoRA(rank=2))
+    assert yes.choices[1].report == estimate_memory(model, x, hint=True)

@@ -88,7 +88,7 @@ def test_what_remedies_are_called():
     everything = {"methods": ("a", "bb", "ccc"), "checkpointing": (None, "x.*"), "ranks": (2, 8)}
     assert told(lambda way: 11 - (way.method != "a"), Way("a", 4), **everything) == ["another method, ccc"]
     assert told(lambda way: 11 - (way.ranks == 8), Way("a", 4), **everything) == [
-        "sharding over 8 ranks; each rank takes a batch of 4, bytes are per rank"
+        "sharding over 8 ranks of 4 each"
     ]
     assert told(lambda way: 11 - (way.checkpointing == "x.*"), Way("a", 4), **everything) == [
         "checkpointing x.*"
@@ -104,12 +104,10 @@ def test_what_remedies_are_called():
 
     assert told(all_of_it, Way("a", 4), **everything) == [
         "another method, ccc and checkpointing x.* and micro-batches of 1, 4 accumulated",
-        "sharding over 2 ranks and checkpointing x.* and micro-batches of 1, 4 accumulated; "
-        "each rank takes a batch of 4, bytes are per rank",
-        "another method, ccc and sharding over 2 ranks and micro-batches of 1, 4 accumulated; "
-        "each rank takes a batch of 4, bytes are per rank",
-        "another method, ccc and sharding over 2 ranks and checkpointing x.* and micro-batches of 2, 2 accumulated; "
-        "each rank takes a batch of 4, bytes are per rank",
+        "sharding over 2 ranks of 4 each and checkpointing x.* and micro-batches of 1, 4 accumulated",
+        "another method, ccc and sharding over 2 ranks of 4 each and micro-batches of 1, 4 accumulated",
+        "another method, ccc and sharding over 2 ranks of 4 each and checkpointing x.* and "
+        "micro-batches of 2, 2 accumulated",
     ]
 
 

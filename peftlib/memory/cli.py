@@ -87,11 +87,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--dtype", choices=list(DTYPES), help="cast the model to this type")
     add("--autocast", choices=list(DTYPES), help="run the forward under autocast to this type")
+    add("--hint", type=_hint, help="what a tensor says that is asked for its value: true, false, a number")
     add("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="(default adamw)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="(default cuda)")
     add("--plot", type=Path, metavar="FILE", help="draw the bars into FILE, and each method's step beside it")
     add("--json", action="store_true", help="print JSON instead of tables")
     return parser
+
+
+def _hint(text: str) -> float:
+    value = json.loads(text)
+    if not isinstance(value, (bool, int, float)):
+        raise argparse.ArgumentTypeError(f"{text} is neither true, false nor a number")
+    return value
 
 
 def _plan(options: Options) -> MemoryPlan:
@@ -114,6 +122,7 @@ def _plan(options: Options) -> MemoryPlan:
             checkpointing={"both": (None, True), "yes": (True,), "no": (None,)}[options.checkpointing],
             optimizer=OPTIMIZERS[options.optimizer],
             autocast=DTYPES[options.autocast] if options.autocast else None,
+            hint=options.hint,
             device=options.device,
         )
     except ProbeError as error:
@@ -137,7 +146,7 @@ def _methods(
             method = dict.fromkeys(options.targets, method)
         elif not options.method and method is not None:
             try:
-                prepared(build, method, example(), warn=False)
+                prepared(build, method, None if options.hint is not None else example(), warn=False)
             except TargetError as error:
                 left_out.append(f"without {name}: {str(error).partition('. ')[0]}")
                 continue

@@ -17,16 +17,17 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointError
 
 from peftlib.copies import structural_copy
-from peftlib.errors import PeftlibError, ProbeError
-from peftlib.memory.fakes import Answers, Faked, Value
+from peftlib.errors import PeftlibError, ProbeError, TargetError
+from peftlib.memory.fakes import Answers, Faked, Hint
 from peftlib.memory.gpu_kernels import GPUKernels
 from peftlib.memory.live import LiveBytes
 from peftlib.memory.places import place
 from peftlib.memory.report import MemoryReport
 from peftlib.memory.step import checkpointed, default_loss, training_step
-from peftlib.probe import as_call
+from peftlib.probe import as_call, quiet
 
 CUDA_BLOCK = 512
 """Bytes in which CUDA's caching allocator gives out memory (kMinBlockSize)."""
@@ -45,7 +46,7 @@ def estimate_memory(
     checkpointing: Any = None,
     device: str | torch.device | None = None,
     autocast: torch.dtype | None = None,
-    hint: Value | Callable[[Tensor], Value] | None = None,
+    hint: Hint | None = None,
 ) -> MemoryReport:
     """The report that :func:`measure_memory` would give for a step of training, without running one.
 
@@ -82,7 +83,7 @@ def estimate_memory(
 
     Raises:
         PeftlibError: nothing in the model is trained, a lazy module has no size, or an argument is none of these.
-        TargetError: ``checkpointing`` matches nothing.
+        TargetError: ``checkpointing`` matches nothing, or what does something else when it is computed again.
         ProbeError: the model or the loss cannot run on fake tensors.
 
     Example:
@@ -91,7 +92,7 @@ def estimate_memory(
         >>> estimate_memory(model, torch.ones(1, 65536)).trained_bytes
         17180131328
     """
-    target = _check(model, accumulate, device, autocast)
+    target = _check(model, optimizer, loss, accumulate, device, autocast)
     args, kwargs = as_call(example)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = Faked(mode)
@@ -109,7 +110,7 @@ def estimate_memory(
     kernels = GPUKernels() if on_cuda else contextlib.nullcontext()
     with checkpointed(copy, checkpointing):
         try:
-            with mode, answering, kernels, torch.enable_grad():
+            with quiet(), mode, answering, kernels, torch.enable_grad():
                 chosen = None if optimizer is None else optimizer(trained)
                 if chosen is not None and on_cuda:
                     _prefer_foreach(chosen)
@@ -119,6 +120,12 @@ def estimate_memory(
                 step()
                 with LiveBytes(copy, block=CUDA_BLOCK if on_cuda else 1) as live:
                     step()
+        except CheckpointError as error:
+            raise TargetError(
+                f"checkpointing={checkpointing!r} does not work in {type(model).__name__}: a module keeps something "
+                "else for the backward when it is computed again, as one that fills a cache does. Turn the cache "
+                "off in the example (use_cache=False), or name other modules"
+            ) from error
         except Exception as error:
             raise ProbeError(_why(copy, error)) from error
     report = live.report()
@@ -132,7 +139,7 @@ def estimate_memory(
     return dataclasses.replace(report, device=target, notes=notes)
 
 
-def _check(model: Any, accumulate: Any, device: Any, autocast: Any) -> str:
+def _check(model: Any, optimizer: Any, loss: Any, accumulate: Any, device: Any, autocast: Any) -> str:
     if not isinstance(model, nn.Module):
         raise PeftlibError(f"estimate_memory needs an nn.Module; got {type(model).__name__}")
     lazy = [name for name, weight in model.named_parameters() if is_lazy(weight)]
@@ -140,6 +147,15 @@ def _check(model: Any, accumulate: Any, device: Any, autocast: Any) -> str:
         raise PeftlibError(
             f"{lazy[0]!r} has no size yet: a lazy module learns its sizes in its first forward. Run the model once on "
             "real tensors, or write the sizes down (nn.Linear for nn.LazyLinear)"
+        )
+    if isinstance(optimizer, torch.optim.Optimizer) or not (optimizer is None or callable(optimizer)):
+        raise PeftlibError(
+            f"optimizer= is {type(optimizer).__name__}: give what makes one of a list of parameters, such as "
+            "torch.optim.AdamW or lambda parameters: torch.optim.SGD(parameters, lr=0.1), or None"
+        )
+    if not (loss is None or callable(loss)):
+        raise PeftlibError(
+            f"loss= is {type(loss).__name__}: give a function of the forward's output, or None"
         )
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise PeftlibError(

@@ -68,7 +68,9 @@ def build_on_meta(factory: Callable[[], nn.Module], *, warn: bool = True) -> nn.
     return model
 
 
-def prepared(factory: Callable[[], nn.Module], method: Any, example: Any, *, warn: bool = True) -> nn.Module:
+def prepared(
+    factory: Callable[[], nn.Module], method: Any, example: Any | None, *, warn: bool = True
+) -> nn.Module:
     """The factory's model with a method on it, None for the model as it comes."""
     model = build_on_meta(factory, warn=warn)
     if method is not None:

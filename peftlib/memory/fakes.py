@@ -16,6 +16,7 @@ from peftlib.memory.onednn import LSTM, WORKSPACE, lstm_workspace
 from peftlib.memory.places import place
 
 Value = bool | int | float
+Hint = Value | Callable[[Tensor], Value]
 
 
 class Faked:
@@ -64,7 +65,7 @@ class Answers(TorchDispatchMode):
         on_cuda: whether the CPU's tensors stand in for a GPU's.
     """
 
-    def __init__(self, model: nn.Module, hint: Value | Callable[[Tensor], Value] | None, on_cuda: bool):
+    def __init__(self, model: nn.Module, hint: Hint | None, on_cuda: bool):
         super().__init__()
         self._model, self._hint, self._on_cuda = model, hint, on_cuda
         self.places: dict[str, None] = {}

@@ -49,6 +49,10 @@ def measure_memory(step: Callable[[], Any], *, model: nn.Module | None = None) -
     with LiveBytes(model) as live:
         step()
     report = live.report()
+    if report.asked:
+        where = ", ".join(repr(name) if name else "the root" for name in report.asked)
+        note = f"{where} asked a tensor for its value; an estimate may go another way: its compare() says by how much"
+        report = dataclasses.replace(report, notes=[*report.notes, note])
     if cuda and report.device.startswith("cuda"):
         report = dataclasses.replace(report, cuda_peak_bytes=torch.cuda.max_memory_allocated(report.device))
     return report

@@ -16,6 +16,7 @@ from peftlib.errors import PeftlibError, ProbeError
 from peftlib.memory.calls import Calls
 from peftlib.memory.estimate import Optimizers
 from peftlib.memory.examples import Examples
+from peftlib.memory.lives import STEP
 from peftlib.memory.remedies import Remedy, Search, remedies
 from peftlib.memory.report import PARTS, MemoryReport
 from peftlib.memory.ways import Way, estimator
@@ -31,7 +32,7 @@ ADVICE = {
     "gradient_bytes": FEWER,
     "optimizer_bytes": f"{FEWER}, or take an optimizer that keeps less (SGD, or moments in 8 bits)",
     "activation_bytes": "take shorter sequences, fused attention (F.scaled_dot_product_attention) or autocast",
-    "temporary_bytes": "compute the loss in chunks, or make the optimizer with foreach=False, whichever is at the peak",
+    "temporary_bytes": "compute the loss in chunks",
     "input_bytes": "take a smaller batch",
 }
 
@@ -171,10 +172,16 @@ def _advice(report: MemoryReport, found: Sequence[Remedy]) -> list[str]:
     largest = max(parts, key=lambda name: parts[name])
     if found:
         lines = ["What would help, cheapest first:"]
-        lines += [f"- {remedy.text}: {format_bytes(remedy.peak_bytes)}" for remedy in found]
+        lines += [
+            f"- {remedy.text}: {format_bytes(remedy.peak_bytes)}{' a rank' if remedy.way.ranks > 1 else ''}"
+            for remedy in found
+        ]
     else:
         lines = [f"Neither micro-batches, nor checkpointing, nor {RANKS[-1]} ranks make it fit."]
-    return [*lines, f"The largest part are {PARTS[largest]}: {ADVICE[largest]}."]
+    advice = ADVICE[largest]
+    if largest == "temporary_bytes" and report.peak_at == STEP:
+        advice = "make the optimizer with foreach=False"
+    return [*lines, f"The largest part are {PARTS[largest]}: {advice}."]
 
 
 def _sentence(error: Exception) -> str:

@@ -16,6 +16,7 @@ from peftlib.errors import PeftlibError, TargetError
 from peftlib.memory.estimate import Optimizers
 from peftlib.memory.examples import Examples
 from peftlib.memory.factory import prepared
+from peftlib.memory.fakes import Hint
 from peftlib.memory.remedies import Remedy, Search, largest_batch, remedies
 from peftlib.memory.report import COLORS, MemoryReport
 from peftlib.memory.ways import Way, estimator, example_of
@@ -91,7 +92,9 @@ class MemoryPlan:
             for text, peak in found or ([] if choice.fits else [("nothing in this plan", None)]):
                 helps.append({"what does not fit": str(choice.way), "what helps": text, "peak": peak})
         if helps:
-            tables.append(Table(rows=helps, formats={"peak": "bytes"}))
+            sharded = any(r.way.ranks > 1 for choice in self.choices for r in choice.remedies)
+            notes = ["with sharding, the peak is one rank's"] if sharded else []
+            tables.append(Table(rows=helps, formats={"peak": "bytes"}, notes=notes))
         return tables
 
     def bars(self, width: int = 50) -> str:
@@ -149,6 +152,7 @@ def plan_memory(
     optimizer: Optimizers | None = torch.optim.AdamW,
     loss: Callable[[Any], Tensor] | None = None,
     autocast: torch.dtype | None = None,
+    hint: Hint | None = None,
     device: str | torch.device | None = "cuda",
     ranks: Sequence[int] = RANKS,
     progress: bool | None = None,
@@ -169,9 +173,10 @@ def plan_memory(
         batches: batch sizes of the rows; None takes the example's.
         lengths: sequence lengths of the rows; None takes the example's.
         checkpointing: what each row computes twice, as in :func:`estimate_memory`; (None,) leaves it out.
-        optimizer: as in :func:`estimate_memory`; so are the next three.
+        optimizer: as in :func:`estimate_memory`; so are loss, autocast and device.
         loss: the forward's output -> a scalar.
         autocast: a floating type, or None.
+        hint: what a fake tensor answers when it is asked for its value; methods are attached without example= then.
         device: "cuda" or "cpu".
         ranks: numbers of ranks to try sharding over, in this order; () tries none.
         progress: a bar on stderr that counts estimates (needs tqdm); None shows it in a terminal only.
@@ -205,6 +210,7 @@ def plan_memory(
     ]
     over = [] if ranks in ((), []) else _several("ranks", ranks, 2)
     first = example_of(examples, sizes[0], spans[0])
+    known = first if hint is None else None  # attaching does not take answers
     models: dict[str, nn.Module] = {}
     first_time = itertools.chain([True], itertools.repeat(False))
 
@@ -212,7 +218,7 @@ def plan_memory(
         if name not in models:
             if not all(p.is_meta for made in models.values() for p in made.parameters()):
                 models.clear()  # one at a time, where they take memory
-            models[name] = prepared(factory, named[name], first, warn=next(first_time))
+            models[name] = prepared(factory, named[name], known, warn=next(first_time))
         return models[name]
 
     with bar_on_stderr("estimate", progress) as bar:
@@ -223,6 +229,7 @@ def plan_memory(
             optimizer=optimizer,
             loss=loss,
             autocast=autocast,
+            hint=hint,
             device=device,
         )
         search = Search(estimate, limit, tuple(named), tuple(twice), tuple(over))

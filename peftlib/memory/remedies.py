@@ -165,15 +165,14 @@ def _text(way: Way, asked: Way) -> str:
     if way.method != asked.method:
         changes.append(f"another method, {way.method}")
     if way.ranks != asked.ranks:
-        changes.append(f"sharding over {way.ranks} ranks")
+        changes.append(f"sharding over {way.ranks} ranks of {asked.batch} each")
     if way.checkpointing != asked.checkpointing:
         changes.append("checkpointing" if way.checkpointing is True else f"checkpointing {way.again}")
     if way.batch != asked.batch:
         times = way.accumulate // asked.accumulate
         more = f"{times} accumulated" if asked.accumulate == 1 else f"{times} times as many"
         changes.append(f"micro-batches of {way.batch}, {more}")
-    each = f"; each rank takes a batch of {asked.batch}, bytes are per rank" if way.ranks > 1 else ""
-    return " and ".join(changes) + each
+    return " and ".join(changes)
 
 
 def _divisors(number: int) -> list[int]:

@@ -143,12 +143,12 @@ def loss_of(loss: Callable[[Any], Tensor], output: Any) -> Tensor:
 
 def backward(result: Tensor) -> None:
     """``result.backward()``, but a mode for torch's functions stays on in what the backward computes again."""
-    if result.numel() != 1 or not result.requires_grad:
-        raise PeftlibError(
-            f"the loss is {result.dtype} of shape {tuple(result.shape)}"
-            f"{'' if result.requires_grad else ' without a gradient'}: it has to be a scalar that depends on what is "
-            "trained"
-        )
+    if not isinstance(result, Tensor) or result.numel() != 1 or not result.requires_grad:
+        given = type(result).__name__
+        if isinstance(result, Tensor):
+            given = f"{result.dtype} of shape {tuple(result.shape)}"
+            given += "" if result.requires_grad else " without a gradient"
+        raise PeftlibError(f"the loss is {given}: it has to be a scalar that depends on what is trained")
     torch.autograd.Variable._execution_engine.run_backward(
         (result,), (torch.ones_like(result),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
