@@ -3,9 +3,9 @@
     python -m benchmarks.estimates                         # on a machine with CUDA; else the estimates alone
     python -m benchmarks.estimates --quick --device cpu    # whether it works: a CPU's estimates are exact
 
-A byte-level GPT is trained under each method and in each way. Its second step is estimated from the model on meta,
-followed by the tracker, and counted by CUDA's allocator (`max_memory_allocated`); an estimate is right within 5 % of it.
-The table goes to estimates.json and estimates.txt in the folder.
+A GPT is trained under each method and in each way. Its second step is estimated from the model on meta, followed by
+the tracker, and counted by CUDA's allocator (`max_memory_allocated`); an estimate is right within 5 % of that. The table
+goes to estimates.json and estimates.txt in the folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from peftlib.report import Table
 from peftlib.storage import write_atomically
 
 WITHIN = 0.05
-METHODS = {
+METHODS: dict[str, Any] = {
     "full": None,
     "lora": peftlib.LoRA(rank=16),
     "adapter": peftlib.Adapter(dim=64),

@@ -151,15 +151,18 @@ def as_call(example: Any) -> Call:
 def _why(model: nn.Module, error: Exception) -> str:
     where = getattr(error, "peft_where", "")
     lines = str(error).strip().splitlines()
+    advice = (
+        "Pass the inputs of one forward: a tensor, a tuple of positional arguments, or a dict of keyword arguments (a "
+        "forward that takes one tuple or dict gets it as (x,))."
+    )
     if isinstance(error, DataDependentOutputException):
-        return (
-            f"{type(model).__name__}{f', in {where!r},' if where else ''} asks a tensor for its value ({lines[0]}), "
-            "which a fake tensor does not have, and a model on the meta device has no other. Give a model with "
-            "weights, or leave example= out where the method does not need it (plan_memory does so if hint= is given)"
+        # on meta, or it would have run for real
+        advice = (
+            "It asks a tensor for its value, and a model on the meta device has none. Give a model with weights, or "
+            "leave example= out where the method needs none, as plan_memory does if hint= says what the tensor answers."
         )
     return (
         f"The example could not be run through {type(model).__name__}"
         f"{f', in {where!r}' if where else ''}: {type(error).__name__}: {lines[0] if lines else ''} -- "
-        "Pass the inputs of one forward: a tensor, a tuple of positional arguments, or a dict of keyword arguments (a "
-        "forward that takes one tuple or dict gets it as (x,))."
+        f"{advice}"
     )
