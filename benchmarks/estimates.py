@@ -4,7 +4,7 @@
     python -m benchmarks.estimates --quick --device cpu    # whether it works: a CPU's estimates are exact
 
 A GPT is trained under each method and in each way. Its second step is estimated from the model on meta, followed by
-the tracker, and counted by CUDA's allocator (`max_memory_allocated`); an estimate is right within 5 % of that. The table
+the tracker, and counted by CUDA's allocator (`max_memory_allocated`); an estimate is right within 5 %. The table
 goes to estimates.json and estimates.txt in the folder.
 """
 
@@ -117,7 +117,8 @@ def row(config: GPTConfig, method: str, way: str, shape: tuple[int, int], device
 def table(rows: Sequence[dict[str, Any]], device: str, note: str) -> Table:
     formats: dict[str, Any] = dict.fromkeys(("estimate", "tracker", "allocator"), "bytes")
     formats["estimate / allocator"] = "{:.3f}".format
-    return Table(title=f"Peak memory of one step ({device})", rows=rows, formats=formats, notes=[note])
+    title = f"Peak memory of one step ({device})"
+    return Table(title=title, rows=rows, formats=formats, notes=[note], width=140)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
