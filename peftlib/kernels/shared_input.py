@@ -67,7 +67,9 @@ def low_rank_linears(
         tensor([2., 2.])
     """
     drop = ByCounter(p, x, len(linears)) if p else Whole()
-    return _LowRankLinears.apply(x, scaling, drop, *(t for one in linears for t in one))
+    # One step to whoever watches torch's functions: a weight that it reads is not read outside its module.
+    with torch._C.DisableTorchFunction():
+        return _LowRankLinears.apply(x, scaling, drop, *(t for one in linears for t in one))
 
 
 def _parts(flat: Sequence[Any]) -> list[LowRankLinear]:
