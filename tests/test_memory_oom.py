@@ -10,7 +10,7 @@ from torch.nn.modules import module as torch_module
 
 import peftlib
 from peftlib.errors import PeftlibError
-from peftlib.memory import OutOfMemory, ShardedOver, estimate_memory, explain_oom
+from peftlib.memory import MemoryReport, OutOfMemory, ShardedOver, estimate_memory, explain_oom
 from peftlib.memory import oom as oom_module
 from peftlib.probe import Call
 from peftlib.report import parse_bytes
@@ -435,3 +435,9 @@ def test_copies_and_estimates_in_the_context_are_no_calls_of_the_model():
 
     for given in (model, None):
         assert after(steps, given).report == estimate_memory(model, batch(4))
+
+
+def test_temporaries_of_the_optimizers_step_are_its_copies():
+    for place, advice in (("optimizer step", "foreach=False"), ("backward of head", "the loss in chunks")):
+        report = MemoryReport(peak_bytes=8, temporary_bytes=8, peak_at=place)
+        assert advice in oom_module._advice(report, [])[-1]

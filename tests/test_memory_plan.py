@@ -1,6 +1,7 @@
 """What fits a budget: the table, its arguments."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import warnings
@@ -13,10 +14,12 @@ from torch import nn
 import peftlib
 from peftlib import LoRA, PromptTuning
 from peftlib.errors import PeftlibError, ProbeError
-from peftlib.memory import estimate_memory, plan_memory
+from peftlib.memory import MemoryReport, estimate_memory, plan_memory
 from peftlib.memory import plan as plan_module
 from peftlib.memory import ways as ways_module
-from peftlib.memory.remedies import largest_batch
+from peftlib.memory.plan import Choice
+from peftlib.memory.remedies import Remedy, largest_batch
+from peftlib.memory.ways import Way
 from tests.zoo import Decoder
 
 METHODS = {"full": None, "prompt": PromptTuning(length=2)}
@@ -351,3 +354,11 @@ def test_a_hint_answers_for_every_row():
     model = Asks()
     peftlib.attach(model, LoRA(rank=2))
     assert yes.choices[1].report == estimate_memory(model, x, hint=True)
+
+
+def test_whose_bytes_a_sharded_remedy_needs_is_noted():
+    row = Choice(Way("m", 4), MemoryReport(peak_bytes=8, peak_at="forward"), False, 0)
+    for ranks, notes in ((1, []), (2, ["with sharding, the peak is one rank's"])):
+        remedy = Remedy("something", 4, Way("m", 4, ranks=ranks))
+        plan = plan_module.MemoryPlan([dataclasses.replace(row, remedies=[remedy])], 4, "plan")
+        assert plan.tables()[1].notes == notes
