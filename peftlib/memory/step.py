@@ -68,12 +68,34 @@ def checkpointed(model: nn.Module, where: Any = True) -> Iterator[Sequence[str]]
     try:
         for module in modules.values():
             # in the instance: the class is shared with modules that are not to be computed twice
-            module.__dict__["forward"] = functools.partial(checkpoint, module.forward, use_reentrant=False)
+            module.__dict__["forward"] = functools.partial(_checkpoint, module, module.forward)
         yield list(modules)
     finally:
         for module, own in zip(modules.values(), before, strict=True):
             module.__dict__.pop("forward", None)
             module.__dict__.update({} if own is None else {"forward": own})
+
+
+def _checkpoint(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run it, and in the backward again in the mode it was in: a loss may switch dropout off for its forward alone."""
+    then = [(inside, inside.training) for inside in module.modules()]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        now = [(inside, inside.training) for inside, _ in then]
+        if now == then:
+            return forward(*args, **kwargs)
+        try:
+            _set_modes(then)
+            return forward(*args, **kwargs)
+        finally:
+            _set_modes(now)
+
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
 
 
 def chosen_modules(model: nn.Module, where: Any) -> dict[str, nn.Module]:

@@ -3,6 +3,9 @@
 The reference is the base with its tunings disabled, so nothing is held twice. To go on from a tuning, load its file a
 second time under another name: ``load(model, path, name="sft", trainable=False)`` and ``reference=("sft",)``.
 
+Dropout is off in both: a log-ratio is about two policies, not about what was dropped of one of them. (:func:`fit` has
+the model in train mode; a loss switches it for its own forwards.)
+
 Letters: B pairs or rows, T positions.
 """
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlib import PeftlibError
+from peftlib.train.evaluation import mode
 from peftlib.train.losses import causal_lm
 from peftlib.train.outputs import get
 from peftlib.train.preference import dpo_loss, kto_loss
@@ -96,7 +100,8 @@ def dpo(
         raise PeftlibError("dpo takes pairs: the chosen rows and then as many rejected ones; see pad_pairs.")
     mean = kind == "ipo"
     there = _reference_logps(model, batch, reference, mean, head)
-    chosen, rejected = sequence_logps(model, batch, mean=mean, head=head).chunk(2)
+    with mode(model, False):
+        chosen, rejected = sequence_logps(model, batch, mean=mean, head=head).chunk(2)
     there_chosen, there_rejected = there.chunk(2)
     loss = dpo_loss(chosen, rejected, there_chosen, there_rejected, beta, label_smoothing, kind)
     return loss * len(chosen), len(chosen)
@@ -141,10 +146,11 @@ def kto(
     """
     desirable, mismatched = get(batch, "desirable"), get(batch, "mismatched")
     there = _reference_logps(model, batch, reference, False, head)
-    with torch.no_grad():
-        gap = sequence_logps(model, mismatched, head=head)
+    with mode(model, False):
+        here = sequence_logps(model, batch, head=head)
+        with torch.no_grad():
+            gap = sequence_logps(model, mismatched, head=head)
     gap = gap - _reference_logps(model, mismatched, reference, False, head)
-    here = sequence_logps(model, batch, head=head)
     loss = kto_loss(here, there, desirable, gap, beta, desirable_weight, undesirable_weight)
     return loss * len(here), len(here)
 

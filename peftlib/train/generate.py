@@ -23,8 +23,8 @@ from peftlib import PeftlibError
 from peftlib.train.evaluation import mode
 from peftlib.train.outputs import first_tensor
 
-NextLogits = Callable[[Tensor | None], Tensor]
-"""The ids chosen last, (B,), or None at the start -> logits of the next, (B, V)."""
+NextLogits = Callable[[Tensor | None, Tensor], Tensor]
+"""The ids chosen last, (B,), or None at the start, and which rows are needed -> logits of the next, (B, V)."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def generate(
     pad_id: int = 0,
     context: int | None = None,
     cache: bool | None = None,
+    drop_ended: bool = False,
     generator: torch.Generator | None = None,
 ) -> Generated:
     """Draw a completion of each prompt: ``id ~ softmax(logits / temperature)``, in eval mode.
@@ -90,6 +91,8 @@ def generate(
         pad_id: fills rows; the model never sees it where it matters.
         context: most positions the model has; by default what its ``config`` says, if it has one.
         cache: True insists on keys and values being kept, False re-runs; None keeps them where the model offers it.
+        drop_ended: without a cache, run only rows that still go on: faster, by the mean length over the longest. For
+            models that need nothing but a row's ids; under :func:`peftlib.route` rows have to stay in their places.
         generator: to draw from, instead of torch's own.
 
     Raises:
@@ -120,9 +123,9 @@ def generate(
     chosen, logps, alive = [], [], [torch.ones_like(lengths_B, dtype=torch.bool)]
     with mode(model, False):
         next_logits = (_with_cache if cached else _again)(model, rows, pad_id)
-        last = None
+        last, every = None, alive[0]
         for _ in range(max_new_tokens):
-            logits_BV = next_logits(last)
+            logits_BV = next_logits(last, alive[-1] if drop_ended else every)
             ids_B, logps_B = _choose(logits_BV, temperature, top_k, top_p, generator)
             last = torch.where(alive[-1], ids_B, pad_id)
             chosen.append(last)
@@ -156,7 +159,7 @@ def _with_cache(model: nn.Module, rows: Sequence[Tensor], pad_id: int) -> NextLo
     mask = (places >= prompts_BP.shape[1] - lengths_B[:, None]).long()
     past: Any = None
 
-    def step(last: Tensor | None) -> Tensor:
+    def step(last: Tensor | None, needed: Tensor) -> Tensor:
         nonlocal mask, past
         if last is None:
             ids, positions = prompts_BP, (mask.cumsum(1) - 1).clamp(min=0)
@@ -181,13 +184,16 @@ def _with_cache(model: nn.Module, rows: Sequence[Tensor], pad_id: int) -> NextLo
 def _again(model: nn.Module, rows: Sequence[Tensor], pad_id: int) -> NextLogits:
     whole = list(rows)
 
-    def step(last: Tensor | None) -> Tensor:
+    def step(last: Tensor | None, needed: Tensor) -> Tensor:
         if last is not None:
             whole[:] = [torch.cat((row, new[None])) for row, new in zip(whole, last, strict=True)]
-        ids = nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=pad_id)
+        some = [row for row, wanted in zip(whole, needed.tolist(), strict=True) if wanted]
+        ids = nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=pad_id)
         logits = _last(first_tensor(model(ids), model), ids)
-        ends_B = torch.tensor([len(row) for row in whole], device=ids.device) - 1
-        return logits[torch.arange(len(whole), device=ids.device), ends_B]
+        ends = torch.tensor([len(row) for row in some], device=ids.device) - 1
+        logits_BV = logits.new_zeros(len(whole), logits.shape[-1])
+        logits_BV[needed] = logits[torch.arange(len(some), device=ids.device), ends]
+        return logits_BV
 
     return step
 

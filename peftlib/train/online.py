@@ -105,7 +105,12 @@ def improve(
                 for group in groups:
                     group["lr"] = group["initial_lr"] * scheduler(state.step, steps)
                 with ranks.drawing(state.step):
-                    numbers = iteration(batch, before, ranks)
+                    try:
+                        numbers = iteration(batch, before, ranks)
+                    except NonFiniteError as error:
+                        # who raises it knows the minibatch, not the iteration
+                        error.step = state.step
+                        raise
                 row = {"step": state.step, "epoch": state.epoch, "rate": groups[0]["lr"], **numbers}
                 state.step += 1
                 state.history.add(row, time.perf_counter() - began)
@@ -149,7 +154,7 @@ def stepped(
     """Add the gradients up over the processes, clip, step, and forget them.
 
     Raises:
-        NonFiniteError: their norm is no number; nothing was changed.
+        NonFiniteError: their norm is no number; nothing was changed. :func:`improve` writes its step.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     ranks.add_up(parameters)

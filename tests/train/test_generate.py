@@ -123,6 +123,43 @@ def test_rows_stop_one_by_one():
     assert early.completions.shape == (1, 2)  # it does not run on when all have stopped
 
 
+def test_rows_that_have_ended_are_run_or_not_and_what_is_drawn_is_the_same():
+    class Counted(Chain):
+        def forward(self, ids):
+            self.rows = [*getattr(self, "rows", []), len(ids)]
+            return super().forward(ids)
+
+    found = {}
+    for drop in (False, True):
+        model = Counted()
+        torch.manual_seed(3)
+        found[drop] = generate(
+            model, [[1], [2, 3], [0]] * 9, max_new_tokens=12, stop_ids=[2], drop_ended=drop
+        )
+        if drop:
+            alive = found[drop].mask.sum(0).tolist()
+            assert model.rows == alive
+            assert alive[-1] < 27
+        else:
+            assert set(model.rows) == {27}
+    for name in ("ids", "logps", "mask", "stopped"):
+        assert torch.equal(getattr(found[False], name), getattr(found[True], name))
+
+
+def test_each_row_may_have_its_own_tuning():
+    model = Chain()
+    for name in ("a", "b"):
+        for p in peftlib.attach(model, LoRA(rank=2), targets=["1"], name=name).parameters():
+            nn.init.normal_(p, std=2)
+    drawn = {}
+    for names in (["a", "b"], ["a"], ["b"]):
+        with peftlib.route(model, names):
+            done = generate(model, [[0]] * len(names), max_new_tokens=4, temperature=0, stop_ids=[2])
+            drawn["".join(names)] = done.lists()
+    assert drawn["ab"] == [*drawn["a"], *drawn["b"]]
+    assert drawn["a"] != drawn["b"]
+
+
 def test_dropout_is_off_and_modes_come_back():
     model = nn.Sequential(nn.Embedding(5, 8), nn.Dropout(0.5), nn.Linear(8, 5))
     model[1].train()

@@ -340,6 +340,20 @@ def test_a_gradient_that_is_no_number_stops_and_changes_nothing():
         run_ppo(parts)
     assert len(caught.value.batches[0].scores) == 64
     assert all(torch.equal(parts[1].state_dict()[k], v) for k, v in before.items())
+    assert caught.value.step == 0
+
+
+def test_the_error_names_the_iteration_in_which_a_gradient_was_no_number():
+    parts, seen = policy_and_value(), []
+
+    def third(gradient):
+        seen.append(gradient)
+        return gradient * (math.nan if len(seen) == 3 else 1)
+
+    next(iter(parts[1].parameters())).register_hook(third)
+    with pytest.raises(NonFiniteError) as caught:
+        run_grpo(parts)
+    assert caught.value.step == 2
 
 
 # -- a learned reward, best of n ---------------------------------------------------------------------------------------

@@ -207,6 +207,29 @@ def test_kto_starts_at_a_half_and_learns():
     assert reward_gap(model, pad_pairs(pairs(), pad_id=0)) > before + 1
 
 
+@pytest.mark.parametrize("checkpoints", [False, "1"])
+@pytest.mark.parametrize("loss", [dpo, kto])
+def test_dropout_is_off_in_the_policy_too(loss, checkpoints):
+    judged = [Judged(e, good) for p in pairs() for e, good in ((p.chosen, True), (p.rejected, False))]
+    batch = pad_pairs(pairs(), pad_id=0) if loss is dpo else pad_judged(judged, pad_id=0)
+    ends, seen = [], []
+
+    def watched(model, batch):
+        seen.append(model[1].training)
+        return loss(model, batch)
+
+    for dropout in (0.0, 0.9):
+        model = Chain()
+        torch.manual_seed(1)
+        tuning = peftlib.attach(model, LoRA(rank=4, dropout=dropout), targets=["1"])
+        adam = torch.optim.Adam(tuning.parameters(), lr=0.05)
+        fit(model, [batch], watched, optimizer=adam, steps=3, checkpoint_activations=checkpoints)
+        ends.append(tuning.state_dict())
+    assert all(seen)  # fit's own mode is as ever
+    assert ends[0]["1.lora.b"].any()
+    assert all(torch.equal(ends[1][k], v) for k, v in ends[0].items())
+
+
 def test_mismatched_completions_stand_after_others_prompts():
     batch = pad_judged(
         [Judged(Encoded([1, 2], [-100, 2]), True), Judged(Encoded([3, 4, 5], [-100, 4, 5]), False)], 0
