@@ -24,11 +24,10 @@ from peftlib.train.losses import (
 )
 from peftlib.train.masking import mask_tokens
 from peftlib.train.mining import Mining
-from peftlib.train.online import AdaptiveKL
 from peftlib.train.packing import Encoded, document_mask, encode, pack, pad, padder, split
 from peftlib.train.pairs import Judged, Pair, encode_pair, judged_padder, pad_judged, pad_pairs, pair_padder
 from peftlib.train.policy import grpo_loss, ppo_policy_loss, ppo_value_loss
-from peftlib.train.ppo import ppo
+from peftlib.train.ppo import AdaptiveKL, ppo
 from peftlib.train.preference import dpo_loss, kto_loss, reward_loss
 from peftlib.train.regularizers import ewc, l2_sp, with_penalty
 from peftlib.train.reward import RewardModel, init_head, reward_accuracy, reward_model, score

@@ -5,10 +5,13 @@ Letters: B completions, T positions. A mask is true at the tokens that the polic
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from peftlib import PeftlibError
+from peftlib.train.parallel import ALONE, Ranks
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -21,16 +24,23 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """``(x - mean) / std`` within the mask (n - 1 in the variance), 0 outside; a number alone is 0.
+def whiten(x: Tensor, mask: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """``(x - mean) / std`` within the mask (n - 1 in the variance), 0 outside; equal numbers are exactly 0.
+
+    With ``ranks``, mean and std are those of all processes' numbers. No gradient goes through either.
 
     Example:
         >>> whiten(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
         tensor([-0.7071,  0.7071,  0.0000])
     """
-    inside = x[mask]
-    variance = inside.var() if inside.numel() > 1 else 0 * inside.sum()
-    return torch.where(mask, (x - inside.mean()) * torch.rsqrt(variance + 1e-8), 0)
+    # counted from one of them: the mean of equal numbers is not that number, and Adam makes whole steps of the rounding
+    (start,) = ranks.total(x[mask][0] if ranks.first else 0.0)
+    gap = x - start
+    inside = gap[mask]
+    count, total = ranks.total(inside.numel(), inside.sum())
+    mean = total / count
+    (squares,) = ranks.total((inside - mean).square().sum())
+    return torch.where(mask, (gap - mean) / math.sqrt(squares / max(count - 1, 1) + 1e-8), 0)
 
 
 @torch.no_grad()
@@ -85,7 +95,7 @@ def grpo_advantages(rewards: Tensor, group_size: int, *, scale: bool = True) -> 
             (Dr. GRPO).
 
     Returns:
-        (B,). A group whose rewards are all equal has advantages of 0: nothing is learned from it.
+        (B,). A group whose rewards are all equal has advantages of exactly 0: nothing is learned from it.
 
     Raises:
         PeftlibError: rewards that are not (B,) or not finite, or a size that does not divide them.
@@ -107,6 +117,8 @@ def grpo_advantages(rewards: Tensor, group_size: int, *, scale: bool = True) -> 
             f"The reward of completion {where} is {rewards[where].item()}, which is no number."
         )
     groups = rewards.reshape(-1, group_size)
+    # counted from one of them, so that equal ones give 0 and not a rounding, of which Adam makes whole steps
+    groups = groups - groups[:, :1]
     gap = groups - groups.mean(1, keepdim=True)
     return (gap / (groups.std(1, keepdim=True) + 1e-4) if scale else gap).reshape(-1)
 

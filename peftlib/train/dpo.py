@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peftlib import PeftlibError
 from peftlib.train.evaluation import mode
-from peftlib.train.losses import causal_lm
+from peftlib.train.losses import IGNORE, causal_lm
 from peftlib.train.outputs import get
 from peftlib.train.preference import dpo_loss, kto_loss
 from peftlib.train.reference import Reference, as_reference
@@ -73,7 +73,8 @@ def dpo(
 
     Args:
         model: the policy, its tuning enabled.
-        batch: from :func:`peftlib.train.pad_pairs`; ``reference_logps`` (2 B,) in it saves the reference's forward.
+        batch: from :func:`peftlib.train.pad_pairs`; ``reference_logps`` (2 B,) in it, sums
+            from :func:`sequence_logps` whatever the kind, save the reference's forward.
         reference: names of the tunings that make it; none is the base. Or a module.
         beta: how dear it is to leave the reference.
         label_smoothing: share of labels that are wrong, of ``"sigmoid"``.
@@ -159,6 +160,6 @@ def _reference_logps(
     model: nn.Module, batch: Mapping[str, Any], reference: Reference, mean: bool, head: str | None
 ) -> Tensor:
     if (known := batch.get("reference_logps")) is not None:
-        return known
+        return known / (get(batch, "labels")[:, 1:] != IGNORE).sum(1) if mean else known
     with as_reference(model, reference) as other:
         return sequence_logps(other, batch, mean=mean, head=head)

@@ -112,7 +112,7 @@ def generate(
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     rows = [torch.tensor(list(prompt), device=device) for prompt in prompts]
     lengths_B = torch.tensor([len(row) for row in rows], device=device)
-    stops = torch.tensor(sorted(stop_ids), device=device, dtype=torch.long)
+    stops = torch.tensor(checked_stops(stop_ids), device=device, dtype=torch.long)
     offered = {"past_key_values", "use_cache"} <= set(inspect.signature(model.forward).parameters)
     if cache and not offered:
         raise PeftlibError(
@@ -261,6 +261,20 @@ def _check(
     ):
         if not fine:
             raise PeftlibError(f"{name}={value}: give a number {range_}.")
+
+
+def checked_stops(stop_ids: Collection[int]) -> list[int]:
+    """In order.
+
+    Raises:
+        PeftlibError: they are no ids.
+    """
+    try:
+        return sorted({int(stop) for stop in stop_ids})
+    except (TypeError, ValueError) as error:
+        raise PeftlibError(
+            f"stop_ids={stop_ids!r}: give a collection of ids, [2], or () for none."
+        ) from error
 
 
 def _check_context(

@@ -11,15 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftlib import PeftlibError, Tuning
+from peftlib import Tuning
 from peftlib.train.advantages import grpo_advantages
 from peftlib.train.batches import Batches
 from peftlib.train.history import History
-from peftlib.train.online import Tally, check_policy, improve, minibatches, names_with, stepped
+from peftlib.train.online import (
+    check_policy,
+    check_settings,
+    improve,
+    kept,
+    minibatches,
+    names_with,
+    parameters_of,
+    stepped,
+)
 from peftlib.train.parallel import Ranks
 from peftlib.train.policy import grpo_loss
 from peftlib.train.reference import Reference
-from peftlib.train.rollouts import Reward, completion_logps, roll_out, rows_of
+from peftlib.train.rollouts import Reward, roll_out, rows_of, token_logps
+from peftlib.train.tally import Tally, rounding
 
 
 def grpo(
@@ -101,11 +111,18 @@ def grpo(
     """
     names = names_with(model, policy)
     check_policy(policy, optimizer, "the policy")
-    if group_size < 2 or epochs < 1 or any(size is not None and size < 1 for size in (minibatch, rows)):
-        raise PeftlibError(
-            f"group_size={group_size}, epochs={epochs}, minibatch={minibatch}, rows={rows}: give numbers from 1, and a "
-            "group_size from 2."
-        )
+    settings: dict[str, Any] = {
+        "group_size": group_size,
+        "beta": beta,
+        "aggregate": aggregate,
+        "epochs": epochs,
+        "minibatch": minibatch,
+        "clip": clip,
+        "clip_high": clip_high,
+        "clip_norm": clip_norm,
+        "missing_stop_penalty": missing_stop_penalty,
+    }
+    check_settings(**settings, rows=rows)
 
     def iteration(batch: list[Any], before: Mapping[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
         done = roll_out(
@@ -118,7 +135,8 @@ def grpo(
             rows=rows,
         )
         advantages_B = grpo_advantages(done.scores, group_size, scale=scale)
-        tally, size = Tally(), minibatch or len(done.ids)
+        tally = Tally(clip, clip if clip_high is None else clip_high, rounding(model))
+        size = minibatch or len(done.ids)
         for _ in range(epochs):
             for chosen in minibatches(len(done.ids), size, done.ids.device):
                 (tokens,) = ranks.total(done.mask[chosen].sum())
@@ -127,7 +145,7 @@ def grpo(
                     share = part.mask.sum().item() / tokens
                     if aggregate != "token":
                         share = len(some) / (len(chosen) * ranks.world)
-                    logps_BT, _ = completion_logps(model, part, sampling.get("temperature", 1.0))
+                    logps_BT = token_logps(model, part, sampling.get("temperature", 1.0))
                     loss = grpo_loss(
                         logps_BT,
                         part.logps,
@@ -140,15 +158,26 @@ def grpo(
                         aggregate=aggregate,
                         length=sampling["max_new_tokens"],
                     )
-                    (share * loss).backward()
-                    tally.add(share, logps_BT, part, clip, {"loss/policy": loss})
+                    (share * loss).backward(inputs=parameters_of(optimizer))
+                    tally.add(share, logps_BT, part, {"loss/policy": loss})
                 stepped(optimizer, clip_norm, "the policy", done, ranks)
         groups = done.scores.reshape(-1, group_size)
         equal = (groups == groups[:, :1]).all(1).float().mean().item()
-        row = ranks.mean({**done.numbers(), **tally.means(), "equal_groups": equal})
-        return {"loss": row["loss/policy"], **row, "completions": len(done.ids) * ranks.world}
+        row = {**done.numbers(ranks), **tally.means(ranks), **ranks.mean({"equal_groups": equal})}
+        return {"loss": row["loss/policy"], **row}
 
-    settings = {"algorithm": "grpo", "policy": list(names), "group_size": group_size}
     return improve(
-        model, prompts, iteration, {"policy": (policy, optimizer)}, steps=steps, settings=settings, **training
+        model,
+        prompts,
+        iteration,
+        {"policy": (policy, optimizer)},
+        steps=steps,
+        settings={
+            "algorithm": "grpo",
+            "policy": list(names),
+            "scale": scale,
+            **kept(sampling, reference),
+            **settings,
+        },
+        **training,
     )

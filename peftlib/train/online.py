@@ -6,10 +6,10 @@ ratio of two probabilities is about the policy, not about what was dropped.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from peftlib import PeftlibError, Tuning, tunings
-from peftlib.train.advantages import masked_mean
 from peftlib.train.batches import Batches
 from peftlib.train.evaluation import mode
+from peftlib.train.generate import checked_stops
 from peftlib.train.history import History
 from peftlib.train.logs import progress_bar
 from peftlib.train.loop import windows
 from peftlib.train.parallel import Ranks, ranks_of
+from peftlib.train.policy import AGGREGATES
+from peftlib.train.reference import Reference
 from peftlib.train.rng import seeded
 from peftlib.train.rollouts import Rollout
 from peftlib.train.saving import Place
@@ -32,36 +34,6 @@ from peftlib.train.step import NonFiniteError
 
 Iteration = Callable[[list[Any], Mapping[str, Any] | None, Ranks], dict[str, Any]]
 """(prompts, the row before or None, the processes) -> a row of numbers, alike on all of them."""
-
-
-@dataclass(frozen=True)
-class AdaptiveKL:
-    """The weight of a KL penalty that keeps the KL near a target: ``b (1 + clip(kl / target - 1, +-0.2) n / horizon)``.
-
-    Args:
-        start: weight of the first iteration.
-        target: KL to the reference, in nats per completion.
-        horizon: completions after which the weight may have changed by a factor of about 1.2.
-
-    Example:
-        >>> AdaptiveKL(start=0.1, target=1.0, horizon=10).after(0.1, kl=3.0, completions=5)
-        0.11000000000000001
-
-    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
-    """
-
-    start: float = 0.1
-    target: float = 6.0
-    horizon: int = 10_000
-
-    def __post_init__(self) -> None:
-        if not (self.start > 0 and self.target > 0 and self.horizon > 0):
-            raise PeftlibError(f"{self}: start, target and horizon are numbers above 0.")
-
-    def after(self, weight: float, kl: float, completions: int) -> float:
-        """The weight for the next iteration."""
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        return weight * (1 + error * completions / self.horizon)
 
 
 def improve(
@@ -156,7 +128,7 @@ def stepped(
     Raises:
         NonFiniteError: their norm is no number; nothing was changed. :func:`improve` writes its step.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     ranks.add_up(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
     if not norm.isfinite():
@@ -171,48 +143,58 @@ def stepped(
     optimizer.zero_grad(set_to_none=True)
 
 
-class Tally:
-    """Means over the minibatches of an iteration, and what the first of them showed."""
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("epochs", "minibatch", "rows"), (lambda x: x >= 1, "a number from 1")),
+    "group_size": (lambda x: x >= 2, "a number from 2"),
+    **dict.fromkeys(("missing_stop_penalty", "kl", "beta"), (lambda x: 0 <= x < math.inf, "a number from 0")),
+    **dict.fromkeys(("gamma", "lam"), (lambda x: 0 <= x <= 1, "a factor from 0 to 1")),
+    **dict.fromkeys(("clip", "clip_high", "value_clip", "clip_norm"), (lambda x: x > 0, "a number above 0")),
+    "kl_kind": (("k1", "k3").__contains__, "'k1' or 'k3'"),
+    "aggregate": (AGGREGATES.__contains__, f"one of {', '.join(map(repr, AGGREGATES))}"),
+}
+_NONE = ("minibatch", "rows", "clip_high", "clip_norm")
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[float, dict[str, float]]] = []
 
-    def add(
-        self, share: float, logps: Tensor, done: Rollout, clip: float, losses: Mapping[str, Tensor]
-    ) -> None:
-        """Note a part that is this share of its minibatch.
+def check_settings(**settings: Any) -> None:
+    """Raise unless each is in its range; at once, not after the first rollout."""
+    for name, value in settings.items():
+        fine, range_ = _RANGES[name]
+        if not (value is None and name in _NONE) and not fine(value):
+            raise PeftlibError(f"{name}={value!r}: give {range_}{' or None' * (name in _NONE)}.")
 
-        Raises:
-            PeftlibError: nothing was trained yet, and the policy is not the one that drew the tokens.
-        """
-        moved = torch.where(done.mask, logps.detach() - done.logps, 0)
-        if not self.rows and (off := masked_mean(moved.abs(), done.mask).item()) > 0.1:
-            raise PeftlibError(
-                f"Before the first update the policy's log-probabilities differ from the rollout's by {off:.3g} per "
-                "token, though values and tokens are the same. Something in the model changes between two forwards: "
-                "dropout that eval mode does not turn off, or a state that it keeps."
-            )
-        ratio = moved.exp()
-        numbers = {
-            "policy/approxkl": masked_mean(moved.square() / 2, done.mask),
-            "policy/clipfrac": masked_mean(((ratio - 1).abs() > clip).to(ratio), done.mask),
-            "val/ratio": masked_mean(ratio, done.mask),
-            **losses,
-        }
-        self.rows.append((share, {name: n.detach().item() for name, n in numbers.items()}))
 
-    def means(self) -> dict[str, float]:
-        """By name; ``val/first_ratio`` is that of the first part."""
-        total = sum(share for share, _ in self.rows)
-        first = self.rows[0][1]
-        means = {name: sum(share * row[name] for share, row in self.rows) / total for name in first}
-        return {**means, "val/first_ratio": first["val/ratio"]}
+def kept(sampling: Mapping[str, Any], reference: Reference) -> dict[str, Any]:
+    """What of these has to be the same when a training goes on, as JSON has it.
+
+    Raises:
+        PeftlibError: a generator, whose state no checkpoint keeps.
+    """
+    if sampling.get("generator") is not None:
+        raise PeftlibError(
+            "sampling has a generator of its own, whose state no checkpoint keeps. Leave it out; seed= decides what is "
+            "drawn."
+        )
+    names = [type(reference).__name__] if isinstance(reference, nn.Module) else list(reference)
+    plain = {name: value for name, value in sampling.items() if name != "generator"}
+    stops = checked_stops(sampling.get("stop_ids", ()))
+    return {"sampling": {**plain, "stop_ids": stops}, "reference": names}
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What it holds: gradients go to these alone, not to other tunings that are enabled too."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def check_policy(policy: Tuning, optimizer: torch.optim.Optimizer, what: str) -> None:
     """Raise unless the optimizer trains this tuning's parameters and no others."""
+    frozen = [name for name, p in policy.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise PeftlibError(
+            f"The tuning {policy.name!r} is frozen ({frozen[0]!r} takes no gradient), and {what} is trained. Load it "
+            "with trainable=True."
+        )
     own = {id(p) for p in policy.parameters()}
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for p in parameters_of(optimizer)}
     if held - own or not held:
         raise PeftlibError(
             f"The optimizer of {what} holds {len(held - own)} parameter(s) that are not of its tuning {policy.name!r}. "

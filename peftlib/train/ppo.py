@@ -11,6 +11,7 @@ Letters: B completions, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,16 @@ from peftlib import PeftlibError, Tuning, use
 from peftlib.train.advantages import gae, kl_estimate, whiten
 from peftlib.train.batches import Batches
 from peftlib.train.history import History
-from peftlib.train.online import AdaptiveKL, Tally, check_policy, improve, minibatches, names_with, stepped
+from peftlib.train.online import (
+    check_policy,
+    check_settings,
+    improve,
+    kept,
+    minibatches,
+    names_with,
+    parameters_of,
+    stepped,
+)
 from peftlib.train.outputs import first_tensor
 from peftlib.train.parallel import Ranks
 from peftlib.train.policy import ppo_policy_loss, ppo_value_loss
@@ -30,11 +40,45 @@ from peftlib.train.rollouts import (
     Reward,
     Rollout,
     at_completions,
-    completion_logps,
     in_parts,
     roll_out,
     rows_of,
+    token_logps,
 )
+from peftlib.train.tally import Tally, rounding
+
+
+@dataclass(frozen=True)
+class AdaptiveKL:
+    """The weight of a KL penalty that keeps the KL near a target.
+
+    After n completions it is ``b (1 + clip(kl / target - 1, +-0.2) min(n / horizon, 1))``.
+
+    Args:
+        start: weight of the first iteration.
+        target: KL to the reference, in nats per completion.
+        horizon: completions after which the weight may have changed by a factor of about 1.2; an iteration of more
+            changes it by no more than that.
+
+    Example:
+        >>> AdaptiveKL(start=0.1, target=1.0, horizon=10).after(0.1, kl=3.0, completions=5)
+        0.11000000000000001
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+    """
+
+    start: float = 0.1
+    target: float = 6.0
+    horizon: int = 10_000
+
+    def __post_init__(self) -> None:
+        if not (self.start > 0 and self.target > 0 and self.horizon > 0):
+            raise PeftlibError(f"{self}: start, target and horizon are numbers above 0.")
+
+    def after(self, weight: float, kl: float, completions: int) -> float:
+        """The weight for the next iteration."""
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        return weight * (1 + error * min(completions / self.horizon, 1))
 
 
 def ppo(
@@ -125,10 +169,18 @@ def ppo(
     names = names_with(model, policy, [value])
     check_policy(policy, optimizer, "the policy")
     check_policy(value, value_optimizer, "the value")
-    if epochs < 1 or any(size is not None and size < 1 for size in (minibatch, rows)):
-        raise PeftlibError(f"epochs={epochs}, minibatch={minibatch}, rows={rows}: give numbers from 1.")
-    if kl_kind not in ("k1", "k3"):
-        raise PeftlibError(f"kl_kind={kl_kind!r}: a penalty is 'k1' or 'k3'.")
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "minibatch": minibatch,
+        "clip": clip,
+        "value_clip": value_clip,
+        "clip_norm": clip_norm,
+        "gamma": gamma,
+        "lam": lam,
+        "kl_kind": kl_kind,
+        "missing_stop_penalty": missing_stop_penalty,
+    }
+    check_settings(**settings, rows=rows, kl=kl.start if isinstance(kl, AdaptiveKL) else kl)
 
     def iteration(batch: list[Any], before: Mapping[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
         weight = _weight(kl, before)
@@ -146,9 +198,9 @@ def ppo(
             (values_BT,) = in_parts(lambda part: (values_of(model, part),), done, rows)
         rewards_BT = token_rewards(done, weight, kl_kind)
         advantages_BT, returns_BT = gae(rewards_BT, values_BT, done.mask, gamma, lam)
-        advantages_BT = whiten(advantages_BT, done.mask)
+        advantages_BT = whiten(advantages_BT, done.mask, ranks)
 
-        tally = Tally()
+        tally = Tally(clip, clip, rounding(model))
         for _ in range(epochs):
             for chosen in minibatches(len(batch), minibatch or len(batch), done.ids.device):
                 (tokens,) = ranks.total(done.mask[chosen].sum())
@@ -156,36 +208,41 @@ def ppo(
                     part = rows_of(done, some)
                     share = part.mask.sum().item() / tokens
                     with use(model, *names):
-                        logps_BT, _ = completion_logps(model, part, sampling.get("temperature", 1.0))
+                        logps_BT = token_logps(model, part, sampling.get("temperature", 1.0))
                         loss = ppo_policy_loss(logps_BT, part.logps, advantages_BT[some], part.mask, clip)
-                        (share * loss).backward()
+                        (share * loss).backward(inputs=parameters_of(optimizer))
                     with use(model, value.name):
                         now_BT = values_of(model, part)
                         value_loss = ppo_value_loss(
                             now_BT, values_BT[some], returns_BT[some], part.mask, value_clip
                         )
-                        (share * value_loss).backward()
+                        (share * value_loss).backward(inputs=parameters_of(value_optimizer))
                     losses = {"loss/policy": loss, "loss/value": value_loss}
-                    tally.add(share, logps_BT, part, clip, losses)
+                    tally.add(share, logps_BT, part, losses)
                 stepped(optimizer, clip_norm, "the policy", done, ranks)
                 stepped(value_optimizer, clip_norm, "the value", done, ranks)
-        row = ranks.mean({**done.numbers(), **tally.means()})
+        row = {**done.numbers(ranks), **tally.means(ranks)}
         return {
             "loss": row["loss/policy"],
             **row,
-            "objective/rlhf_reward": row["objective/scores"] - weight * row["objective/kl"],
+            **ranks.mean({"objective/rlhf_reward": rewards_BT.sum().item() / len(batch)}),
             "objective/kl_weight": weight,
-            "completions": len(batch) * ranks.world,
         }
 
-    settings = {"algorithm": "ppo", "policy": list(names), "value": value.name}
     return improve(
         model,
         prompts,
         iteration,
         {"policy": (policy, optimizer), "value": (value, value_optimizer)},
         steps=steps,
-        settings=settings,
+        settings={
+            "algorithm": "ppo",
+            "policy": list(names),
+            "value": value.name,
+            "kl": asdict(kl) if isinstance(kl, AdaptiveKL) else kl,
+            **kept(sampling, reference),
+            **settings,
+        },
         **training,
     )
 

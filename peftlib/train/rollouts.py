@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from peftlib import PeftlibError
 from peftlib.train.advantages import masked_mean
 from peftlib.train.evaluation import mode
-from peftlib.train.generate import Generated, generate
+from peftlib.train.generate import Generated, checked_stops, generate
 from peftlib.train.outputs import first_tensor
+from peftlib.train.parallel import ALONE, Ranks
 from peftlib.train.reference import Reference, as_reference
 
 Done = TypeVar("Done", Generated, "Rollout")
 Reward = Callable[[list[list[int]], list[list[int]]], Any]
 """(prompts, completions), lists of ids without padding -> one number per completion."""
+
+AS_DRAWN = 0.02
+"""Most that log-probabilities read again may differ from those drawn with, per token: in bfloat16 it is 1e-3."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Rollout:
         prompt_lengths: (B,).
         completions, mask: (B, T), see :class:`peftlib.train.Generated`.
         logps, reference_logps, entropy: (B, T), 0 outside the mask.
-        scores: (B,) rewards, the penalty for not stopping included.
+        raw_scores: (B,) rewards as they were given.
+        scores: (B,) the same, less the penalty for not stopping.
         stopped: (B,).
 
     Example:
@@ -55,18 +60,29 @@ class Rollout:
     logps: Tensor
     reference_logps: Tensor
     entropy: Tensor
+    raw_scores: Tensor
     scores: Tensor
     stopped: Tensor
 
-    def numbers(self) -> dict[str, float]:
-        """What every log of such a training has."""
-        kl_B = (self.logps - self.reference_logps).sum(1)
+    def numbers(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """What every log of such a training has, over the completions of all processes."""
+        kl, entropy, scores, raw, stopped, tokens, completions = ranks.total(
+            (self.logps - self.reference_logps).sum(),
+            self.entropy.sum(),
+            self.scores.sum(),
+            self.raw_scores.sum(),
+            self.stopped.sum(),
+            self.mask.sum(),
+            len(self.ids),
+        )
         return {
-            "objective/kl": kl_B.mean().item(),
-            "objective/entropy": masked_mean(self.entropy, self.mask).item(),
-            "objective/scores": self.scores.mean().item(),
-            "stopped": self.stopped.float().mean().item(),
-            "targets": self.mask.sum().item(),
+            "objective/kl": kl / completions,
+            "objective/entropy": entropy / tokens,
+            "objective/scores": scores / completions,
+            "objective/raw_scores": raw / completions,
+            "stopped": stopped / completions,
+            "targets": tokens,
+            "completions": completions,
         }
 
 
@@ -88,12 +104,14 @@ def roll_out(
         prompts: rows of ids.
         reward: see :data:`Reward`.
         reference: see :func:`peftlib.train.dpo`.
-        sampling: settings of :func:`peftlib.train.generate`; its temperature is the reference's too.
-        missing_stop_penalty: taken from the reward of a completion that no stop id ended.
+        sampling: settings of :func:`peftlib.train.generate`; its temperature is the reference's too. Not ``top_k`` and
+            ``top_p``: what they draw from is not the policy whose log-probabilities are compared.
+        missing_stop_penalty: taken from the reward of a completion that no stop id ended, from 0.
         rows: completions whose logits exist at once, when they are read again; None is all.
 
     Raises:
-        PeftlibError: as those raise; a reward that is not one finite number per completion.
+        PeftlibError: as those raise; settings of sampling that change what is drawn from; a model that reads its
+            completions otherwise than it drew them; a reward that is not one finite number per completion.
 
     Example:
         >>> import peftlib
@@ -104,16 +122,21 @@ def roll_out(
         >>> roll_out(model, [[1], [2, 3]], reward, sampling={"max_new_tokens": 4}).scores
         tensor([4., 4.])
     """
+    _check(sampling, missing_stop_penalty, rows)
     temperature = sampling.get("temperature", 1.0)
-    if not temperature > 0:
-        raise PeftlibError(
-            f"temperature={temperature}: a policy is explored by drawing; give a number above 0."
-        )
     done = generate(model, prompts, **sampling)
     with mode(model, False):
         logps, entropy = in_parts(lambda part: completion_logps(model, part, temperature), done, rows)
+    off = masked_mean((logps - done.logps).abs(), done.mask).item()
+    if not off <= AS_DRAWN:
+        raise PeftlibError(
+            "Read again in one forward, the completions' log-probabilities differ from those they were drawn with by "
+            f"{off:.3g} per token. Either {type(model).__name__} is not causal (a position sees what comes after it), "
+            "or its cache gives something else than its forward (try cache=False in sampling), or its "
+            "forward is random."
+        )
     with as_reference(model, reference) as other:
-        there, _ = in_parts(lambda part: completion_logps(other, part, temperature), done, rows)
+        (reference_logps,) = in_parts(lambda part: (token_logps(other, part, temperature),), done, rows)
     scores = checked_rewards(reward, [list(p) for p in prompts], done.lists()).to(logps)
     return Rollout(
         ids=done.ids,
@@ -121,11 +144,36 @@ def roll_out(
         completions=done.completions,
         mask=done.mask,
         logps=logps,
-        reference_logps=there,
+        reference_logps=reference_logps,
         entropy=entropy,
+        raw_scores=scores,
         scores=torch.where(done.stopped, scores, scores - missing_stop_penalty),
         stopped=done.stopped,
     )
+
+
+def _check(sampling: Mapping[str, Any], missing_stop_penalty: float, rows: int | None) -> None:
+    temperature = sampling.get("temperature", 1.0)
+    if not isinstance(temperature, (int, float)) or not temperature > 0:
+        raise PeftlibError(
+            f"temperature={temperature}: a policy is explored by drawing; give a number above 0."
+        )
+    for name in ("top_k", "top_p"):
+        if sampling.get(name) is not None:
+            raise PeftlibError(
+                f"{name}={sampling[name]} draws from another distribution than the policy, so that KL and ratios would "
+                "be wrong. Leave it out, and lower the temperature instead."
+            )
+    if rows is not None and rows < 1:
+        raise PeftlibError(f"rows={rows}: give a number of completions from 1, or None.")
+    if not 0 <= missing_stop_penalty < float("inf"):
+        raise PeftlibError(
+            f"missing_stop_penalty={missing_stop_penalty} is taken from the reward: give a number from 0."
+        )
+    if missing_stop_penalty and not checked_stops(sampling.get("stop_ids", ())):
+        raise PeftlibError(
+            f"missing_stop_penalty={missing_stop_penalty} and no stop_ids= in sampling: every completion would pay it."
+        )
 
 
 def rows_of(done: Done, chosen: Tensor) -> Done:
@@ -157,14 +205,25 @@ def completion_logps(
         >>> torch.allclose(completion_logps(model, done, 0.5)[0], done.logps, atol=1e-6)
         True
     """
+    logps_BT, logits_BTV, total_BT = _chosen(model, done, temperature)
+    with torch.no_grad():
+        shares = (logits_BTV - total_BT[..., None]).exp()
+        entropy_BT = total_BT - (shares * torch.where(shares > 0, logits_BTV, 0)).sum(-1)
+    return logps_BT, torch.where(done.mask, entropy_BT, 0)
+
+
+def token_logps(model: nn.Module, done: Generated | Rollout, temperature: float = 1.0) -> Tensor:
+    """:func:`completion_logps` without the entropy, which an update does not need."""
+    return _chosen(model, done, temperature)[0]
+
+
+def _chosen(model: nn.Module, done: Generated | Rollout, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of what was chosen, the logits at the temperature, and the logarithm of their sum of exps."""
     logits_BTV = at_completions(first_tensor(model(done.ids), model), done)
     logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)) / temperature
     total_BT = logits_BTV.logsumexp(-1)
     logps_BT = logits_BTV.gather(-1, done.completions[..., None])[..., 0] - total_BT
-    with torch.no_grad():
-        shares = (logits_BTV - total_BT[..., None]).exp()
-        entropy_BT = total_BT - (shares * torch.where(shares > 0, logits_BTV, 0)).sum(-1)
-    return torch.where(done.mask, logps_BT, 0), torch.where(done.mask, entropy_BT, 0)
+    return torch.where(done.mask, logps_BT, 0), logits_BTV, total_BT
 
 
 def at_completions(output_BLN: Tensor, done: Generated | Rollout) -> Tensor:

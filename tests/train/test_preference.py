@@ -182,6 +182,16 @@ def test_a_tuning_goes_on_from_another_which_stays_its_reference(tmp_path):
     assert not sft.enabled
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])
+def test_known_log_probabilities_are_sums_whatever_the_kind(kind):
+    model = Chain()
+    batch = pad_pairs(pairs(), pad_id=0)
+    known = {**batch, "reference_logps": sequence_logps(model, batch).detach()}
+    nn_b = peftlib.attach(model, LoRA(rank=4), targets=["1"]).state_dict()["1.lora.b"]
+    torch.nn.init.normal_(nn_b)
+    torch.testing.assert_close(dpo(model, known, kind=kind)[0], dpo(model, batch, kind=kind)[0])
+
+
 @pytest.mark.parametrize("reference", [(), "module"])
 def test_a_policy_is_not_its_own_reference(reference):
     model = Chain()
