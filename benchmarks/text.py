@@ -37,21 +37,17 @@ class Domain:
 
 
 def standard_library(root: Path | None = None, encode: Encode = utf8) -> tuple[Domain, Domain]:
-    """Two domains out of the modules below `root`: their docstrings, and their code without them.
-
-    A file is held out by the hash of its path, so that other files coming or going don't move it.
-    """
-    root = root or Path(sysconfig.get_paths()["stdlib"])
+    """Two domains out of the modules below `root`: their docstrings, and their code without them."""
+    root = root or library()
     parts: dict[tuple[str, bool], list[str]] = {
-        (kind, held_out): [] for kind in ("docstrings", "code") for held_out in (False, True)
+        (kind, apart): [] for kind in ("docstrings", "code") for apart in (False, True)
     }
     for path, source, tree in modules(root):
-        digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
-        held_out = digest[0] % HELD_OUT_ONE_IN == 0
-        parts["docstrings", held_out].append(docstrings(tree))
-        parts["code", held_out].append(code(tree, source))
-    for kind, held_out in parts:
-        if not parts[kind, held_out]:
+        apart = held_out(path, root)
+        parts["docstrings", apart].append(docstrings(tree))
+        parts["code", apart].append(code(tree, source))
+    for part in parts.values():
+        if not part:
             raise InputError(f"{root} holds too few Python modules to split by file")
     prose, program = (
         Domain(
@@ -62,6 +58,17 @@ def standard_library(root: Path | None = None, encode: Encode = utf8) -> tuple[D
         for kind in ("docstrings", "code")
     )
     return prose, program
+
+
+def library() -> Path:
+    """Where this Python keeps its standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def held_out(path: Path, root: Path) -> bool:
+    """Whether a file is only ever scored: by the hash of its path, so that others coming or going don't move it."""
+    digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+    return digest[0] % HELD_OUT_ONE_IN == 0
 
 
 def modules(root: Path) -> Iterator[tuple[Path, str, ast.Module]]:

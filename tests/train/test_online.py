@@ -149,8 +149,36 @@ def test_the_first_ratio_is_one_and_the_base_is_untouched(run):
         "policy/approxkl",
         "policy/clipfrac",
         "loss/policy",
+        "val/ratio",
     }
-    assert names | {"val/ratio", "loss/policy"} <= set(history.rows[0])
+    assert names | ({"loss/value"} if run is run_ppo else {"equal_groups"}) <= set(history.rows[0])
+
+
+@pytest.mark.parametrize("run", [run_ppo, run_grpo])
+def test_dropout_is_off_in_rollouts_and_updates(run):
+    ends = []
+    for dropout in (0.0, 0.9):
+        model = Chain()
+        torch.manual_seed(1)
+        policy = peftlib.attach(model, {"1": LoRA(rank=4, dropout=dropout)}, name="policy")
+        value = init_head(peftlib.attach(model, {"1": NewHead(1)}, name="value"))
+        peftlib.use(model, "policy")
+        model.train()
+        history = run((model, policy, value), sampling={"max_new_tokens": 3})
+        assert history.rows[0]["val/first_ratio"] == pytest.approx(1, abs=1e-6)
+        assert model.training
+        ends.append((policy.state_dict(), history))
+    assert ends[0][0]["1.lora.b"].any()
+    assert all(torch.equal(ends[1][0][k], v) for k, v in ends[0][0].items())
+    assert ends[0][1] == ends[1][1]
+
+
+def test_nothing_is_learned_from_groups_whose_rewards_are_equal_and_it_is_said():
+    parts = policy_and_value()
+    before = {k: v.clone() for k, v in parts[1].state_dict().items()}
+    history = run_grpo(parts, lambda p, c: [0.7] * len(c), beta=0.0)
+    assert [row["equal_groups"] for row in history.rows] == [1.0] * 4
+    assert all(torch.equal(parts[1].state_dict()[k], v) for k, v in before.items())
 
 
 @pytest.mark.parametrize("run", [run_ppo, run_grpo])
@@ -168,7 +196,8 @@ def test_rows_per_forward_change_nothing(run):
         torch.testing.assert_close(ends[1][key], value, rtol=1e-6, atol=1e-9)
 
 
-def test_rewards_are_kl_per_token_and_the_score_at_the_last():
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_rewards_are_kl_per_token_and_the_score_at_the_last(kind):
     model, policy, _ = policy_and_value()
     nn.init.normal_(policy.state_dict()["1.lora.b"])
     done = roll_out(
@@ -179,10 +208,12 @@ def test_rewards_are_kl_per_token_and_the_score_at_the_last():
         missing_stop_penalty=1.5,
     )
     assert done.scores.tolist() == [2.0 - 1.5 * (not done.stopped[0]), 3.0 - 1.5 * (not done.stopped[1])]
-    rewards = token_rewards(done, 0.1)
+    rewards = token_rewards(done, 0.1, kind)
     for row in range(2):
         n = int(done.mask[row].sum())
         kl = done.logps[row] - done.reference_logps[row]
+        if kind == "k3":
+            kl = (-kl).exp() - 1 + kl
         assert kl[:n].abs().max() > 0.01
         expected = [-0.1 * kl[t].item() + (done.scores[row].item() if t == n - 1 else 0) for t in range(n)]
         assert rewards[row, :n].tolist() == pytest.approx(expected, abs=1e-6)

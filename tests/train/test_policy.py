@@ -110,6 +110,7 @@ def test_group_advantages_by_hand():
     assert found.tolist() == pytest.approx(
         [-1 / 1.0001, 0, 1 / 1.0001, 0, 0, 0]
     )  # std of 1, 2, 3 with n - 1 is 1
+    assert not grpo_advantages(torch.full((8,), 0.7), 8).any()  # though their mean in float32 is not 0.7
     raw = grpo_advantages(torch.tensor([1.0, 2.0, 3.0]), 3, scale=False)
     assert raw.tolist() == [-1, 0, 1]
 
