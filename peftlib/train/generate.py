@@ -1,9 +1,5 @@
 """Completions of prompts by any module that maps ids to logits, with the log-probabilities of what was drawn.
 
-A model that keeps keys and values (``past_key_values``, as in transformers) runs once per token, on prompts padded on
-the left with a mask and positions that start at each prompt's first token. Any other causal model is run again on all
-that is there, padded on the right, where a causal model cannot see it: no mask or position has to be named.
-
 Left out on purpose: beams, and serving many at speed.
 
 Letters: B prompts, P longest prompt, T new tokens, L = longest prompt with its completion, V vocabulary.
@@ -11,20 +7,15 @@ Letters: B prompts, P longest prompt, T new tokens, L = longest prompt with its 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftlib import PeftlibError
+from peftlib.train.decoding import source
 from peftlib.train.evaluation import mode
-from peftlib.train.outputs import first_tensor
-
-NextLogits = Callable[[Tensor | None, Tensor], Tensor]
-"""The ids chosen last, (B,), or None at the start, and which rows are needed -> logits of the next, (B, V)."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +81,15 @@ def generate(
         stop_ids: a completion ends with the first of these, which belongs to it.
         pad_id: fills rows; the model never sees it where it matters.
         context: most positions the model has; by default what its ``config`` says, if it has one.
-        cache: True insists on keys and values being kept, False re-runs; None keeps them where the model offers it.
+        cache: True insists on keys and values being kept, False re-runs; None keeps them where the model offers it, see
+            :func:`peftlib.train.decoding.source`; ``cached`` of the result says what was done.
         drop_ended: without a cache, run only rows that still go on: faster, by the mean length over the longest. For
             models that need nothing but a row's ids; under :func:`peftlib.route` rows have to stay in their places.
         generator: to draw from, instead of torch's own.
 
     Raises:
-        PeftlibError: no prompts or an empty one, one that is too long for the context, settings out of their range,
-            logits that are not (B, T, V) or not finite.
+        PeftlibError: no prompts or an empty one, one that is too long for the context, settings out of their range, a
+            model that fails on the ids, logits that are not (B, T, V) or no distribution.
 
     Example:
         >>> def cyclic(ids):
@@ -107,22 +99,15 @@ def generate(
         >>> generate(Model(), [[1], [2, 3]], max_new_tokens=4, temperature=0, stop_ids=[0]).lists()
         [[2, 3, 4, 0], [4, 0]]
     """
-    _check(prompts, max_new_tokens, temperature, top_k, top_p)
-    _check_context(model, prompts, max_new_tokens, context)
+    _check(prompts, max_new_tokens, temperature, top_k, top_p, pad_id)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    rows = [torch.tensor(list(prompt), device=device) for prompt in prompts]
+    rows = rows_of_ids(prompts, device)
+    _check_context(model, prompts, max_new_tokens, context)
     lengths_B = torch.tensor([len(row) for row in rows], device=device)
     stops = torch.tensor(checked_stops(stop_ids), device=device, dtype=torch.long)
-    offered = {"past_key_values", "use_cache"} <= set(inspect.signature(model.forward).parameters)
-    if cache and not offered:
-        raise PeftlibError(
-            f"cache=True: {type(model).__name__}.forward takes no past_key_values and use_cache. Leave cache= out; the "
-            "model is then run again for each token."
-        )
-    cached = offered if cache is None else cache
     chosen, logps, alive = [], [], [torch.ones_like(lengths_B, dtype=torch.bool)]
     with mode(model, False):
-        next_logits = (_with_cache if cached else _again)(model, rows, pad_id)
+        next_logits, cached = source(model, rows, pad_id, cache)
         last, every = None, alive[0]
         for _ in range(max_new_tokens):
             logits_BV = next_logits(last, alive[-1] if drop_ended else every)
@@ -149,64 +134,6 @@ def generate(
     )
 
 
-def _with_cache(model: nn.Module, rows: Sequence[Tensor], pad_id: int) -> NextLogits:
-    takes = inspect.signature(model.forward).parameters
-    prompts_BP = nn.utils.rnn.pad_sequence(
-        list(rows), batch_first=True, padding_value=pad_id, padding_side="left"
-    )
-    lengths_B = torch.tensor([len(row) for row in rows], device=prompts_BP.device)
-    places = torch.arange(prompts_BP.shape[1], device=prompts_BP.device)
-    mask = (places >= prompts_BP.shape[1] - lengths_B[:, None]).long()
-    past: Any = None
-
-    def step(last: Tensor | None, needed: Tensor) -> Tensor:
-        nonlocal mask, past
-        if last is None:
-            ids, positions = prompts_BP, (mask.cumsum(1) - 1).clamp(min=0)
-        else:
-            mask = torch.cat((mask, torch.ones_like(last)[:, None]), 1)
-            ids, positions = last[:, None], mask.sum(1, keepdim=True) - 1
-        more = {"attention_mask": mask, "position_ids": positions}
-        output = model(
-            ids, past_key_values=past, use_cache=True, **{k: v for k, v in more.items() if k in takes}
-        )
-        past = getattr(output, "past_key_values", None)
-        if past is None:
-            raise PeftlibError(
-                f"{type(model).__name__} takes past_key_values and gives none back. Pass cache=False to run it again "
-                "for each token."
-            )
-        return _last(first_tensor(output, model), ids)[:, -1]
-
-    return step
-
-
-def _again(model: nn.Module, rows: Sequence[Tensor], pad_id: int) -> NextLogits:
-    whole = list(rows)
-
-    def step(last: Tensor | None, needed: Tensor) -> Tensor:
-        if last is not None:
-            whole[:] = [torch.cat((row, new[None])) for row, new in zip(whole, last, strict=True)]
-        some = [row for row, wanted in zip(whole, needed.tolist(), strict=True) if wanted]
-        ids = nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=pad_id)
-        logits = _last(first_tensor(model(ids), model), ids)
-        ends = torch.tensor([len(row) for row in some], device=ids.device) - 1
-        logits_BV = logits.new_zeros(len(whole), logits.shape[-1])
-        logits_BV[needed] = logits[torch.arange(len(some), device=ids.device), ends]
-        return logits_BV
-
-    return step
-
-
-def _last(logits: Tensor, ids: Tensor) -> Tensor:
-    if logits.dim() != 3 or logits.shape[:2] != ids.shape:
-        raise PeftlibError(
-            f"The model gave logits of shape {tuple(logits.shape)} for ids of {tuple(ids.shape)}; generation needs "
-            "(rows, positions, vocabulary)."
-        )
-    return logits
-
-
 def _choose(
     logits_BV: Tensor,
     temperature: float,
@@ -216,10 +143,13 @@ def _choose(
 ) -> tuple[Tensor, Tensor]:
     """Ids, (B,), and their log-probabilities under the whole distribution."""
     logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
-    if logits_BV.isnan().any():
-        row = int(logits_BV.isnan().any(1).nonzero()[0])
-        raise PeftlibError(f"The model's logits for prompt {row} are NaN, so nothing can be drawn from them.")
     logps_BV = (logits_BV / (temperature or 1.0)).log_softmax(-1)
+    if logps_BV.isnan().any():
+        row = int(logps_BV.isnan().any(1).nonzero()[0])
+        raise PeftlibError(
+            f"The model's logits for prompt {row} are no distribution: NaN or an infinity is among them, or all are "
+            "-infinity. Nothing can be drawn from them."
+        )
     if temperature == 0:
         ids_B = logps_BV.argmax(-1)
     else:
@@ -246,21 +176,49 @@ def _check(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    pad_id: int,
 ) -> None:
-    if not len(prompts) or any(not len(prompt) for prompt in prompts):
-        empty = next((i for i, prompt in enumerate(prompts) if not len(prompt)), None)
-        what = "there are no prompts" if empty is None else f"prompt {empty} is empty"
-        raise PeftlibError(
-            f"generate needs prompts of at least one id each; {what}. Begin with a start token."
-        )
+    if not len(prompts):
+        raise PeftlibError("generate needs prompts of at least one id each; there are no prompts.")
     for name, value, fine, range_ in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "from 1"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "from 0"),
+        ("max_new_tokens", max_new_tokens, isinstance(max_new_tokens, int) and max_new_tokens >= 1, "from 1"),
+        (
+            "temperature",
+            temperature,
+            isinstance(temperature, (int, float)) and 0 <= temperature < float("inf"),
+            "from 0",
+        ),
+        ("pad_id", pad_id, isinstance(pad_id, int) and pad_id >= 0, "from 0"),
         ("top_k", top_k, top_k is None or top_k >= 1, "from 1, or None"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or None"),
     ):
         if not fine:
             raise PeftlibError(f"{name}={value}: give a number {range_}.")
+
+
+def rows_of_ids(prompts: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Each prompt as a tensor.
+
+    Raises:
+        PeftlibError: one is empty, or is no row of integers.
+    """
+    rows = []
+    for i, prompt in enumerate(prompts):
+        try:
+            row = torch.tensor([] if len(prompt) == 0 else list(prompt), device=device)
+        except (TypeError, ValueError, RuntimeError):
+            row = torch.tensor(0.5)
+        if not row.numel():
+            raise PeftlibError(
+                f"generate needs prompts of at least one id each; prompt {i} is empty. Begin with a start token."
+            )
+        if row.dim() != 1 or row.is_floating_point() or row.dtype == torch.bool:
+            raise PeftlibError(
+                f"Prompt {i} is {str(prompt)[:40]!r}, and not a row of ids. generate takes rows, [[1, 2], [3]]; ppo and "
+                "grpo take batches of them, [[[1, 2], [3]]] or Batches(rows, 2)."
+            )
+        rows.append(row)
+    return rows
 
 
 def checked_stops(stop_ids: Collection[int]) -> list[int]:

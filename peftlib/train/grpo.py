@@ -14,6 +14,7 @@ from torch import nn
 from peftlib import Tuning
 from peftlib.train.advantages import grpo_advantages
 from peftlib.train.batches import Batches
+from peftlib.train.decoding import rounding
 from peftlib.train.history import History
 from peftlib.train.online import (
     check_policy,
@@ -29,7 +30,7 @@ from peftlib.train.parallel import Ranks
 from peftlib.train.policy import grpo_loss
 from peftlib.train.reference import Reference
 from peftlib.train.rollouts import Reward, roll_out, rows_of, token_logps
-from peftlib.train.tally import Tally, rounding
+from peftlib.train.tally import Tally
 
 
 def grpo(

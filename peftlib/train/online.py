@@ -73,6 +73,11 @@ def improve(
             while state.step < steps and not state.stopped:
                 began = time.perf_counter()
                 (batch,) = next(source)
+                if not isinstance(batch, Sequence | Tensor):
+                    raise PeftlibError(
+                        "prompts= are batches of rows of ids, [[[1, 2], [3]]] or Batches(rows, 2); got "
+                        f"{type(batch).__name__} for a batch."
+                    )
                 before = state.history.rows[-1] if state.history.rows else None
                 for group in groups:
                     group["lr"] = group["initial_lr"] * scheduler(state.step, steps)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peftlib import PeftlibError, Tuning, use
 from peftlib.train.advantages import gae, kl_estimate, whiten
 from peftlib.train.batches import Batches
+from peftlib.train.decoding import rounding, running
 from peftlib.train.history import History
 from peftlib.train.online import (
     check_policy,
@@ -45,7 +46,7 @@ from peftlib.train.rollouts import (
     rows_of,
     token_logps,
 )
-from peftlib.train.tally import Tally, rounding
+from peftlib.train.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,9 @@ def ppo(
 
 def values_of(model: nn.Module, done: Rollout) -> Tensor:
     """What the value says before each token was chosen, (B, T)."""
-    return one_number(at_completions(first_tensor(model(done.ids), model), done), done.mask)
+    with running(model, done.ids):
+        output = model(done.ids)
+    return one_number(at_completions(first_tensor(output, model), done), done.mask)
 
 
 def token_rewards(done: Rollout, weight: float, kind: str = "k1") -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftlib import PeftlibError
 from peftlib.train.advantages import masked_mean
+from peftlib.train.decoding import running
 from peftlib.train.evaluation import mode
 from peftlib.train.generate import Generated, checked_stops, generate
 from peftlib.train.outputs import first_tensor
@@ -219,7 +220,9 @@ def token_logps(model: nn.Module, done: Generated | Rollout, temperature: float 
 
 def _chosen(model: nn.Module, done: Generated | Rollout, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of what was chosen, the logits at the temperature, and the logarithm of their sum of exps."""
-    logits_BTV = at_completions(first_tensor(model(done.ids), model), done)
+    with running(model, done.ids):
+        output = model(done.ids)
+    logits_BTV = at_completions(first_tensor(output, model), done)
     logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)) / temperature
     total_BT = logits_BTV.logsumexp(-1)
     logps_BT = logits_BTV.gather(-1, done.completions[..., None])[..., 0] - total_BT

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlib import PeftlibError
 from peftlib.train.advantages import masked_mean
@@ -19,7 +19,7 @@ class Tally:
     Args:
         clip: how far a ratio may fall.
         clip_high: how far it may rise.
-        rounding: by how much per token log-probabilities of the same policy may differ, see :func:`rounding`.
+        rounding: by how much per token log-probabilities of the same policy may differ, see ``decoding``.
     """
 
     def __init__(self, clip: float, clip_high: float, rounding: float) -> None:
@@ -66,10 +66,3 @@ class Tally:
             "val/first_ratio": ratio / part,
             "val/first_ratio_gap": max(gaps),
         }
-
-
-def rounding(model: nn.Module) -> float:
-    """By how much per token two forwards of one policy may differ: 1e-3, in half precision 0.02."""
-    device = next(model.parameters()).device.type
-    wide = all(p.dtype.itemsize >= 4 for p in model.parameters() if p.is_floating_point())
-    return 1e-3 if wide and not torch.is_autocast_enabled(device) else 0.02

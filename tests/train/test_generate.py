@@ -207,7 +207,7 @@ def test_a_prompt_longer_than_the_models_context_is_named():
 def test_logits_of_another_shape_or_without_a_number_are_refused():
     with pytest.raises(PeftlibError, match=r"logits of shape \(1, 4\) for ids of \(1, 2\)"):
         generate(nn.Sequential(Chain(), _Mean()), [[1, 2]], max_new_tokens=1)
-    with pytest.raises(PeftlibError, match="prompt 0 are NaN"):
+    with pytest.raises(PeftlibError, match="prompt 0 are no distribution"):
         generate(fixed(math.nan, 1.0), [[0]], max_new_tokens=1)
 
 
