@@ -214,8 +214,8 @@ def rows_of_ids(prompts: Sequence[Sequence[int]], device: torch.device) -> list[
             )
         if row.dim() != 1 or row.is_floating_point() or row.dtype == torch.bool:
             raise PeftlibError(
-                f"Prompt {i} is {str(prompt)[:40]!r}, and not a row of ids. generate takes rows, [[1, 2], [3]]; ppo and "
-                "grpo take batches of them, [[[1, 2], [3]]] or Batches(rows, 2)."
+                f"Prompt {i} is {str(prompt)[:40]!r}, and not a row of ids. generate takes rows, [[1, 2], [3]]; ppo "
+                "and grpo take batches of them, [[[1, 2], [3]]] or Batches(rows, 2)."
             )
         rows.append(row)
     return rows

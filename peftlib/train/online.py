@@ -83,7 +83,7 @@ def improve(
                     group["lr"] = group["initial_lr"] * scheduler(state.step, steps)
                 with ranks.drawing(state.step):
                     try:
-                        numbers = iteration(batch, before, ranks)
+                        numbers = iteration(list(batch), before, ranks)
                     except NonFiniteError as error:
                         # who raises it knows the minibatch, not the iteration
                         error.step = state.step
