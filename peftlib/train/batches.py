@@ -56,8 +56,8 @@ class Batches:
             look samples up by.
 
     Raises:
-        PeftlibError: no examples, a size below 1, ``index`` of batches that are no mappings, or a sampler that draws
-            another number of examples than its length, or one that is not there.
+        PeftlibError: no examples, or none that have a length and ``[i]``; a size below 1, ``index`` of batches that are
+            no mappings, or a sampler that draws another number of examples than its length, or one that is not there.
 
     Example:
         >>> batches = Batches(range(5), 2, seed=1)
@@ -86,6 +86,10 @@ class Batches:
         augment: Callable[[Any, torch.Generator], Any] | None = None,
         index: bool = False,
     ):
+        if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
+            raise PeftlibError(
+                f"Batches cannot be made of a {type(examples).__name__}: examples need a length and [i]. Give a list."
+            )
         if len(examples) == 0 or size < 1:
             raise PeftlibError(
                 f"Batches of {size} from {len(examples)} example(s): there has to be at least one of each."

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peftlib import PeftlibError
+from peftlib.train.buffers import Buffers, copied
 from peftlib.train.parallel import ALONE, Ranks
 from peftlib.train.rng import untouched
 from peftlib.train.state import State
@@ -79,7 +80,9 @@ def run_evaluation(
     return {"eval_loss": total / targets}
 
 
-def consider(stopping: EarlyStopping, row: Mapping[str, Any], state: State, trained: Any) -> None:
+def consider(
+    stopping: EarlyStopping, row: Mapping[str, Any], state: State, trained: Any, buffers: Buffers
+) -> None:
     """Keep the values if they are the best so far, and stop if there were none for a while."""
     if stopping.metric not in row:
         raise PeftlibError(
@@ -89,7 +92,7 @@ def consider(stopping: EarlyStopping, row: Mapping[str, Any], state: State, trai
     now = row[stopping.metric]
     if stopping.better(now, state.best):
         state.best, state.waited = now, 0
-        state.best_values = {name: value.clone() for name, value in trained.state_dict().items()}
+        state.best_values, state.best_buffers = copied(trained.state_dict()), copied(buffers.changed())
     else:
         state.waited += 1
         state.stopped = state.waited >= stopping.patience

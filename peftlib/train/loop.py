@@ -8,6 +8,7 @@ Left out on purpose: regularizers, weights and mining, which are made of losses 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -21,14 +22,16 @@ from torch import nn
 
 from peftlib import PeftlibError, Tuning, tunings
 from peftlib.memory import checkpointed
+from peftlib.train.arguments import check, interval, steps_in_all
 from peftlib.train.batches import Batches
+from peftlib.train.buffers import Buffers
 from peftlib.train.evaluation import EarlyStopping, consider, mode, run_evaluation
 from peftlib.train.history import History
 from peftlib.train.logs import progress_bar
 from peftlib.train.parallel import Ranks, ranks_of
-from peftlib.train.rng import capture, restore, seeded
+from peftlib.train.rng import capture, generators_of, restore, seeded
 from peftlib.train.saving import Place
-from peftlib.train.schedules import Schedule, constant
+from peftlib.train.schedules import Schedule, constant, scheduled
 from peftlib.train.state import State
 from peftlib.train.step import Loss, NonFiniteError, train_step
 
@@ -117,18 +120,10 @@ def fit(
         >>> fit(model, data, loss, optimizer=optimizer, steps=150).last("loss") < 0.01
         True
     """
-    per_epoch = _per_epoch(batches, accumulate)
-    total = _total(steps, epochs, per_epoch, accumulate)
-    evaluate_every = _every("evaluate", evaluate_every, per_epoch, needed=evaluate is not None)
-    checkpoint_every = _every("checkpoint", checkpoint_every, per_epoch, needed=checkpoint_dir is not None)
-    if nonfinite not in ("stop", "skip"):
-        raise PeftlibError(f"nonfinite={nonfinite!r} is unknown: use 'stop' or 'skip'.")
-    if clip is not None and not clip > 0:
-        raise PeftlibError(f"clip={clip}: give the largest norm of the gradients, above 0, or None.")
-    if early_stopping is not None and evaluate is None:
-        raise PeftlibError(
-            "early_stopping= needs evaluate=, or there is nothing to stop by: give some batches."
-        )
+    per_epoch, total = steps_in_all(batches, steps, epochs, accumulate)
+    evaluate_every = interval("evaluate", evaluate_every, per_epoch, needed=evaluate is not None)
+    checkpoint_every = interval("checkpoint", checkpoint_every, per_epoch, needed=checkpoint_dir is not None)
+    check(optimizer, scheduler, clip, autocast, evaluate, early_stopping, nonfinite, callbacks)
     trained = what_is_trained(model, optimizer)
     device = next(iter(optimizer.param_groups[0]["params"])).device
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
@@ -138,21 +133,26 @@ def fit(
     settings = {"seed": seed, "accumulate": accumulate}
     place = Place(folder, {"tuning": (trained, optimizer)}, settings, batches, ranks, scaler)
     ranks.engage(parallel, model, optimizer)
-    stepped = ranks.wrapped(parallel, model, loss)
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
     optimizer.zero_grad()
+    buffers = Buffers(model)
 
-    with seeded(seed), mode(model, True), checkpointed(model, checkpoint_activations):
-        state = place.open(resume)
+    with (
+        seeded(seed),
+        mode(model, True),
+        checkpointed(model, checkpoint_activations),
+        training_alone(model, optimizer),
+        scheduled([optimizer], scheduler, total) as rate_at,
+    ):
+        stepped = ranks.wrapped(parallel, model, loss)
+        state = place.open(resume, buffers)
+        # by the patience of now: who asks for more of it goes on
+        state.stopped = early_stopping is not None and state.waited >= early_stopping.patience
         source = windows(batches, state, accumulate, ranks)
         with progress_bar(total, state.step, progress if ranks.first else False) as show:
             while state.step < total and not state.stopped:
                 began = time.perf_counter()
                 window = next(source)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * scheduler(state.step, total)
-                rate = optimizer.param_groups[0]["lr"]
+                rate = rate_at(state.step)
                 with ranks.drawing(state.step):
                     row = train_step(
                         model,
@@ -175,26 +175,29 @@ def fit(
                 if evaluate is not None and (state.step % evaluate_every == 0 or state.step == total):
                     row |= run_evaluation(model, evaluate, loss, autocast, device, ranks)
                     if early_stopping is not None:
-                        consider(early_stopping, row, state, trained)
+                        consider(early_stopping, row, state, trained, buffers)
                 show(row, state.history.seconds[-1])
                 place.log(row)
-                state.stopped |= ranks.told(row, callbacks)
+                with mode(model, True):
+                    state.stopped |= ranks.told(row, callbacks)
                 ended = state.step == total or state.stopped
                 if folder is not None and (ended or state.step % checkpoint_every == 0):
                     place.save(state)
-    if state.best_values:
+    if early_stopping is not None and state.best_values:
+        buffers.put(state.best_buffers)
         trained.load_state_dict(state.best_values)
     return state.history
 
 
 def windows(batches: Iterable[Any], state: State, accumulate: int, ranks: Ranks) -> Iterator[list[Any]]:
     """Lists of batches, epoch after epoch, from the state's place on, which it moves."""
+    own = generators_of(batches)
     while True:
         now = capture()
         if state.position == 0:
-            state.epoch_rng = now
+            state.epoch_rng = capture(own)
         # a DataLoader draws its order when it begins: let it draw what it drew then
-        restore(state.epoch_rng)
+        restore(state.epoch_rng, own)
         if isinstance(batches, Batches):
             source = ranks.rows(batches, state.epoch, state.position)
         else:
@@ -237,6 +240,8 @@ def what_is_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tunin
     Raises:
         PeftlibError: a parameter is not the model's.
     """
+    # torch.compile's module has the user's model inside, and the tunings are that one's
+    model = getattr(model, "_orig_mod", model)
     wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for tuning in tunings(model).values():
         if wanted <= {id(p) for p in tuning.parameters()}:
@@ -248,34 +253,15 @@ def what_is_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tunin
     return model
 
 
-def _per_epoch(batches: Iterable[Any], accumulate: int) -> int | None:
-    if accumulate < 1:
-        raise PeftlibError(f"accumulate={accumulate}: a step needs at least one batch.")
+@contextlib.contextmanager
+def training_alone(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """What the optimizer does not hold gets no gradients meanwhile: nobody would take them away again."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+    for parameter in others:
+        parameter.requires_grad_(False)
     try:
-        return -(-len(batches) // accumulate)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
-def _total(steps: int | None, epochs: int | None, per_epoch: int | None, accumulate: int) -> int:
-    if (steps is None) == (epochs is None):
-        raise PeftlibError(f"Give steps= or epochs=, one of them; got steps={steps}, epochs={epochs}.")
-    if steps is not None:
-        total = steps
-    elif per_epoch is None:
-        raise PeftlibError("epochs= needs batches with a length; these have none. Give steps=.")
-    else:
-        total = (epochs or 0) * per_epoch
-    if total < 1:
-        raise PeftlibError(
-            f"There is nothing to do: steps={steps}, epochs={epochs}, {per_epoch} step(s) each."
-        )
-    return total
-
-
-def _every(name: str, every: int | None, per_epoch: int | None, *, needed: bool) -> int:
-    if every is None and per_epoch is None and needed:
-        raise PeftlibError(f"The batches have no length, so an epoch's end is unknown: give {name}_every=.")
-    if every is not None and every < 1:
-        raise PeftlibError(f"{name}_every={every}: give a number of steps from 1.")
-    return every or per_epoch or 1
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)

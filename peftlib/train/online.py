@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peftlib import PeftlibError, Tuning, tunings
 from peftlib.train.batches import Batches
+from peftlib.train.buffers import Buffers
 from peftlib.train.evaluation import mode
 from peftlib.train.generate import checked_stops
 from peftlib.train.history import History
@@ -29,7 +30,7 @@ from peftlib.train.reference import Reference
 from peftlib.train.rng import seeded
 from peftlib.train.rollouts import Rollout
 from peftlib.train.saving import Place
-from peftlib.train.schedules import Schedule, constant
+from peftlib.train.schedules import Schedule, constant, scheduled
 from peftlib.train.step import NonFiniteError
 
 Iteration = Callable[[list[Any], Mapping[str, Any] | None, Ranks], dict[str, Any]]
@@ -59,15 +60,13 @@ def improve(
     first = next(iter(trained.values()))[1]
     ranks = _ranks(parallel, prompts, first.param_groups[0]["params"][0].device, seed)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    optimizers = [optimizer for _, optimizer in trained.values()]
     place = Place(folder, trained, {"seed": seed, **settings}, prompts, ranks)
     ranks.engage(parallel, model, first)
-    groups = [group for _, optimizer in trained.values() for group in optimizer.param_groups]
-    for _, optimizer in trained.values():
+    for optimizer in optimizers:
         optimizer.zero_grad()
-    for group in groups:
-        group.setdefault("initial_lr", group["lr"])
-    with seeded(seed), mode(model, False):
-        state = place.open(resume)
+    with seeded(seed), mode(model, False), scheduled(optimizers, scheduler, steps) as rate_at:
+        state = place.open(resume, Buffers(model))
         source = windows(prompts, state, 1, ranks)
         with progress_bar(steps, state.step, progress if ranks.first else False) as show:
             while state.step < steps and not state.stopped:
@@ -79,8 +78,7 @@ def improve(
                         f"{type(batch).__name__} for a batch."
                     )
                 before = state.history.rows[-1] if state.history.rows else None
-                for group in groups:
-                    group["lr"] = group["initial_lr"] * scheduler(state.step, steps)
+                rate = rate_at(state.step)
                 with ranks.drawing(state.step):
                     try:
                         numbers = iteration(list(batch), before, ranks)
@@ -88,12 +86,13 @@ def improve(
                         # who raises it knows the minibatch, not the iteration
                         error.step = state.step
                         raise
-                row = {"step": state.step, "epoch": state.epoch, "rate": groups[0]["lr"], **numbers}
+                row = {"step": state.step, "epoch": state.epoch, "rate": rate, **numbers}
                 state.step += 1
                 state.history.add(row, time.perf_counter() - began)
                 show(row, state.history.seconds[-1])
                 place.log(row)
-                state.stopped |= ranks.told(row, callbacks)
+                with mode(model, False):
+                    state.stopped |= ranks.told(row, callbacks)
                 ended = state.step == steps or state.stopped
                 if folder is not None and (ended or state.step % checkpoint_every == 0):
                     place.save(state)

@@ -78,10 +78,10 @@ class Ranks:
         return said[0]
 
     def told(self, row: Mapping[str, Any], callbacks: Sequence[Callable[[Mapping[str, Any]], Any]]) -> bool:
-        """Whether a callback, all of which rank 0 calls, answers that it is enough."""
+        """Whether a callback, all of which rank 0 calls, answers that it is enough; what they draw is not missed."""
         if not callbacks:
             return False
-        with contextlib.nullcontext() if self.world == 1 else untouched():
+        with untouched():
             answers = [callback(row) for callback in callbacks] if self.first else []
         return self.total(any(answer is True for answer in answers))[0] > 0
 

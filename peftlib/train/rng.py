@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def capture() -> dict[str, Tensor]:
-    """The state of every generator that a loss, a model or a data set may draw from."""
+def generators_of(batches: Any) -> dict[str, torch.Generator]:
+    """The generators of its own that a DataLoader, or a sampler of it, was given."""
+    holders = (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return {f"own{i}": one for i, one in enumerate(found) if isinstance(one, torch.Generator)}
+
+
+def capture(own: Mapping[str, torch.Generator] = MappingProxyType({})) -> dict[str, Tensor]:
+    """The state of every generator that a loss, a model or a data set may draw from, and of ``own`` ones."""
     _, keys, *rest = np.random.get_state()
     version, internal, gauss = random.getstate()
     states = {
@@ -25,10 +34,10 @@ def capture() -> dict[str, Tensor]:
     }
     if torch.cuda.is_initialized():
         states |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return states
+    return states | {name: generator.get_state() for name, generator in own.items()}
 
 
-def restore(states: Mapping[str, Tensor]) -> None:
+def restore(states: Mapping[str, Tensor], own: Mapping[str, torch.Generator] = MappingProxyType({})) -> None:
     """Put back what :func:`capture` gave."""
     torch.set_rng_state(states["torch"])
     position, waits, normal = states["numpy_rest"].tolist()
@@ -39,6 +48,8 @@ def restore(states: Mapping[str, Tensor]) -> None:
     for name, state in states.items():
         if name.startswith("cuda"):
             torch.cuda.set_rng_state(state, int(name.removeprefix("cuda")))
+    for name, generator in own.items():
+        generator.set_state(states[name])
 
 
 @contextlib.contextmanager

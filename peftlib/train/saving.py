@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from torch import Tensor, nn
 from peftlib import PeftlibError, Tuning
 from peftlib.container import reading, write
 from peftlib.storage import whole
+from peftlib.train.arguments import length_of
 from peftlib.train.batches import Batches
+from peftlib.train.buffers import Buffers, put
 from peftlib.train.history import History
 from peftlib.train.logs import JsonlLog
 from peftlib.train.parallel import Ranks
-from peftlib.train.rng import capture, restore
+from peftlib.train.rng import capture, generators_of, restore
 from peftlib.train.state import State
 
 STATE, LOG = "state.safetensors", "log.jsonl"
-_APART = ("epoch_rng", "best_values", "history")
+_APART = ("epoch_rng", "best_values", "best_buffers", "stopped", "history")
 
 
 class Place:
@@ -57,12 +60,15 @@ class Place:
                 "(FullFineTuning() trains all), and make the optimizer of its parameters."
             )
         self.folder, self.trained = folder, tunings
-        self.scaler, self.settings, self.ranks = scaler, dict(settings), ranks
+        rates = {name: [float(g["lr"]) for g in o.param_groups] for name, (_, o) in trained.items()}
+        self.settings = {**settings, **_described(batches), "rates": rates}
+        self.scaler, self.ranks = scaler, ranks
         self.batches = batches if isinstance(batches, Batches) else None
         self.log = JsonlLog(folder / LOG) if folder is not None and ranks.first else lambda row: None
 
-    def open(self, resume: bool) -> State:
-        """A state to begin with, or the saved one, put into tunings, optimizers and generators."""
+    def open(self, resume: bool, buffers: Buffers) -> State:
+        """A state to begin with, or the saved one, put into tunings, optimizers, buffers and generators."""
+        self.buffers = buffers
         if self.folder is None:
             if resume:
                 raise PeftlibError("resume=True needs the checkpoint_dir= to go on from.")
@@ -74,7 +80,17 @@ class Place:
             )
         if there:
             return self._load(State())
-        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self.folder / LOG
+        if self.ranks.agreed(log.exists() and log.stat().st_size > 0):
+            raise PeftlibError(
+                f"{str(log)!r} has rows, and no training is beside it to which they belong. Give a folder of its own."
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PeftlibError(
+                f"{str(self.folder)!r} cannot be a training's folder: {error.strerror}. Name another."
+            ) from error
         # at once: what cannot be saved is known now, and initial values drawn at random are kept
         state = State()
         self.save(state)
@@ -95,15 +111,22 @@ class Place:
             "settings": self.settings,
             "scaler": {} if self.scaler is None else self.scaler.state_dict(),
         }
-        groups = {"rng": capture(), "epoch_rng": state.epoch_rng, "best_values": state.best_values}
+        groups = {
+            "rng": capture(),
+            "epoch_rng": state.epoch_rng,
+            "buffers": self.buffers.changed(),
+            "best_values": state.best_values,
+            "best_buffers": state.best_buffers,
+        }
         if self.batches is not None:
             groups["batches"] = self.batches.state_dict()
         tensors = {f"{group}/{k}": whole(t) for group, held in groups.items() for k, t in held.items()}
         if self.ranks.first:
             write(self.folder / STATE, tensors, about)
             for name, new in current.items():
-                for old in self.folder.glob(f"{name}-*.safetensors"):
-                    if old != new:
+                for old in self.folder.iterdir():
+                    # no others: users have files of like names
+                    if old != new and re.fullmatch(rf"{re.escape(name)}-\d+\.safetensors", old.name):
                         old.unlink()
         self.ranks.wait()
 
@@ -140,13 +163,24 @@ class Place:
         if self.scaler is not None and self.scaler.is_enabled():
             self.scaler.load_state_dict(about["scaler"])
         state.history = History(rows=about["rows"], seconds=about["seconds"])
-        state.epoch_rng, state.best_values = _group(tensors, "epoch_rng"), _group(tensors, "best_values")
+        for name in ("epoch_rng", "best_values", "best_buffers"):
+            setattr(state, name, _group(tensors, name))
+        put(self.buffers.model, _group(tensors, "buffers"))
         restore(_group(tensors, "rng"))
         return state
 
     def _tuning(self, name: str, step: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}-{step}.safetensors"
+
+
+def _described(batches: Any) -> dict[str, Any]:
+    """What a place in the data is a place in."""
+    if isinstance(batches, Batches):
+        sampler = None if batches.sampler is None else type(batches.sampler).__name__
+        order = {"batch_seed": batches.seed, "shuffle": batches.shuffle, "sampler": sampler}
+        return {"examples": len(batches.examples), "size": batches.size, **order}
+    return {"batches": length_of(batches), "generators": len(generators_of(batches))}
 
 
 def _group(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ class State:
     skips: int = 0
     best: float | None = None
     best_values: dict[str, Tensor] = field(default_factory=dict)
+    best_buffers: dict[str, Tensor] = field(default_factory=dict)
+    """Of the model, at the best values; only those that were not as at the start."""
     waited: int = 0
     stopped: bool = False
     history: History = field(default_factory=History)

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from peftlib import PeftlibError
 from peftlib.storage import whole
+from peftlib.train.buffers import buffers_of, copied, put
 from peftlib.train.parallel import ALONE, Idle, Ranks
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -68,10 +69,10 @@ def train_step(
 
     Returns:
         ``loss`` and ``norm`` (of the gradients, before clipping) as floats, ``targets``, and ``made``: False if a
-        number was not finite, and then nothing but the gradients' memory has changed.
+        number was not finite, and then values and buffers (running means, say) are what they were.
 
     Raises:
-        PeftlibError: the loss does not depend on what is trained, or counts no targets.
+        PeftlibError: the loss does not depend on what is trained, or counts no targets; a gradient is sparse.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -89,6 +90,7 @@ def train_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    before = copied(buffers_of(model))
     sums, counts, first = [], 0.0, 0.0
     for number, batch in enumerate(window, 1):
         with ranks.adding(last=number == len(window)):
@@ -106,6 +108,11 @@ def train_step(
     total, targets = ranks.total(sum(sums), counts)
     scaler.unscale_(optimizer) if scaler.is_enabled() else None
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if any(gradient.is_sparse for gradient in gradients):
+        raise PeftlibError(
+            "A gradient is sparse, and has no norm to check or clip. Make the embedding with sparse=False "
+            "(embedding.sparse = False of one that is there)."
+        )
     # torch's engines give the mean over the processes
     if targets != first * ranks.world:
         torch._foreach_mul_(gradients, first * ranks.world / targets)
@@ -116,6 +123,8 @@ def train_step(
         if clip is not None:
             clip_grads_with_norm_(parameters, clip, norm)
         scaler.step(optimizer)
+    else:
+        put(model, before)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return row

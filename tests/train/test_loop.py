@@ -350,6 +350,17 @@ BAD = [
         "watches 'eval_f1'.*eval_loss",
     ),
     ({"steps": 1, "checkpoint_activations": True}, "no module list"),
+    ({"steps": 2.5}, "steps=2.5: give a whole number"),
+    ({"epochs": 0.5}, "epochs=0.5: give a whole number"),
+    ({"steps": 1, "accumulate": 1.5}, "accumulate=1.5: give a whole number"),
+    ({"steps": 1, "evaluate": lambda m: 1.0, "evaluate_every": 1.5}, "evaluate_every=1.5: give a whole"),
+    ({"steps": 1, "scheduler": "cosine"}, "scheduler='cosine': give a function"),
+    ({"steps": 1, "scheduler": object()}, "scheduler='object': give a function"),
+    ({"steps": 1, "scheduler": partial(cosine, warmup=-1)}, "warmup=-1: give a number of steps from 0"),
+    ({"steps": 1, "scheduler": partial(constant, warmup=-1)}, "warmup=-1"),
+    ({"steps": 1, "autocast": "bf16"}, "autocast='bf16': give torch.bfloat16"),
+    ({"steps": 1, "callbacks": print}, "give a list of functions of a row"),
+    ({"steps": 1, "callbacks": ["print"]}, "give a list of functions of a row"),
 ]
 
 
@@ -380,6 +391,25 @@ def test_batches_hold_every_example_once_and_begin_anywhere(n, size, start, epoc
     assert sorted(i for batch in all_of_it for i in batch) == list(range(n))
     assert len(all_of_it) == len(batches)
     assert list(batches.epoch(epoch, start)) == all_of_it[start:]
+
+
+def test_half_precision_weights_are_not_scaled():
+    model = nn.Linear(6, 3).half()
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(PeftlibError, match="Keep them in float32"):
+        fit(model, data([2]), squares, optimizer=optimizer, steps=1, autocast=torch.float16)
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Embedding(5, 3, sparse=True)
+    optimizer = torch.optim.SparseAdam(model.parameters())
+    with pytest.raises(PeftlibError, match="sparse=False"):
+        fit(model, [torch.arange(3)], lambda model, x: model(x).sum(), optimizer=optimizer, steps=1)
+
+
+def test_examples_need_a_length():
+    with pytest.raises(PeftlibError, match="cannot be made of a generator"):
+        Batches((i for i in range(3)), 2)
 
 
 def test_batches_refuse_nothing():
