@@ -187,6 +187,13 @@ def test_where_one_call_is_right(calls: list[int]) -> None:
         assert calls
 
 
+def test_features_that_do_not_lie_together_take_one_call(calls: list[int]) -> None:
+    t = leaves()
+    t["qkv"] = torch.randn(2, 4, 3, 3, 5, dtype=D).transpose(1, 4).requires_grad_()
+    assert_twins(lambda: scoped(t), lambda: naive(t), t)
+    assert not calls
+
+
 def test_fake_tensors_take_the_same_way(calls: list[int]) -> None:
     with FakeTensorMode():
         t = leaves()

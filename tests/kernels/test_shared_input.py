@@ -323,6 +323,18 @@ def test_two_tunings_of_one_model(shared: list[int]) -> None:
     assert shared == [3, 2, 2]
 
 
+def test_a_replica_is_not_in_the_group_of_its_original(shared: list[int]) -> None:
+    model, _, _, _, _ = pair()
+    delta = peftlib.tunings(model)["default"].parts[1].delta
+    x = torch.randn(9, 5, 6, dtype=D)
+    handing, *group = delta.together
+    replica = delta._replicate_for_data_parallel()
+    replica.a, replica.b = delta.a, delta.b
+    assert handing.take(group, replica, x) is None
+    assert not shared
+    assert handing.take(group, delta, x) is not None
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoints(use_reentrant: bool, shared: list[int]) -> None:
     model, apart, x, ours, theirs = pair()
