@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -107,7 +108,10 @@ class Batches:
         return len(self.examples) if self.sampler is None else len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        return self.epoch(0)
+        """A look at epoch 0, of which a sampler that has a state learns nothing: a training may be under way."""
+        look = copy.copy(self)
+        look.sampler = copy.deepcopy(self.sampler) if hasattr(self.sampler, "state_dict") else self.sampler
+        return look.epoch(0)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of an epoch from batch ``start`` on."""

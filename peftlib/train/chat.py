@@ -19,6 +19,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: one of transformers, with a chat template.
+        eos: the text of the token that ends what is said where the template writes no end; by default the tokenizer's.
 
     Raises:
         PeftlibError: it has none.
@@ -35,6 +36,7 @@ class ChatTemplate:
     """
 
     tokenizer: Any
+    eos: str | None = None
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -46,7 +48,8 @@ class ChatTemplate:
         """Turns (role, content) as pieces (text, whether it is trained).
 
         Raises:
-            PeftlibError: the template refuses the turns, or writes earlier ones differently once later ones follow.
+            PeftlibError: the template refuses the turns, or writes earlier ones differently once later ones follow, or
+                writes no end and none is known.
         """
         if turns[0][0] == "assistant":
             raise PeftlibError("the first turn is the assistant's, and a chat template begins with another's")
@@ -63,10 +66,19 @@ class ChatTemplate:
                 )
             # white space after the end is the next turn's
             kept = said[len(asked) :].rstrip()
-            pieces += [(whole[done : len(asked)], False)]
+            end = self._end() if kept.endswith(content.strip()) else ""
+            pieces += [(whole[done : len(asked)], False), (kept + end, True)]
             done = len(asked) + len(kept)
-            pieces += [(kept + self.tokenizer.eos_token if kept.endswith(content.rstrip()) else kept, True)]
         return tuple(pieces)
+
+    def _end(self) -> str:
+        end = self.tokenizer.eos_token if self.eos is None else self.eos
+        if end is None:
+            raise PeftlibError(
+                "the chat template writes no end after what is said, and the tokenizer has no end token, so a model "
+                "would never stop. Name one: ChatTemplate(tokenizer, eos='</s>')"
+            )
+        return str(end)
 
     def _text(self, turns: Sequence[tuple[str, str]], asks: bool = False) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]

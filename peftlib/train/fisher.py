@@ -88,7 +88,8 @@ def fisher(
 
     Args:
         model: computes in eval mode; nothing of it is changed. Weights are its own, those of its tunings are not.
-        samples: batches of *one* sample each: ``Batches(examples, 1, collate)``. A few hundred do.
+        samples: batches of *one* sample each: ``Batches(examples, 1, collate)``. A few hundred do. A packed row is as
+            many samples as documents.
         loss: as for :func:`fit`, without penalties.
         names: globs on the names of the weights.
         labels: ``"data"``, ``"model"`` (with this library's losses), or a function (model, sample, generator) ->
@@ -180,12 +181,27 @@ def _differentiable(weights: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def _check_alone(sample: Any) -> None:
-    labels = sample.get("labels") if isinstance(sample, Mapping) else None
-    if isinstance(labels, Tensor) and labels.dim() and len(labels) != 1:
+    named = sample if isinstance(sample, Mapping) else {}
+    labels, documents = named.get("labels"), named.get("documents")
+    # what else is in a batch need not have a row per sample
+    tensors = [labels] if isinstance(labels, Tensor) and labels.dim() else list(_tensors(sample))
+    rows = max((len(tensor) for tensor in tensors if tensor.dim()), default=1)
+    if isinstance(documents, Tensor):
+        rows = max(rows, int(documents.max()) + 1)
+    if rows != 1:
         raise PeftlibError(
-            f"fisher() was given a batch of {len(labels)} samples, and the square of their sum is not the sum of their "
-            "squares. Give batches of one: Batches(examples, 1, collate)."
+            f"fisher() was given a batch of {rows} samples, and the square of their sum is not the sum of their "
+            "squares. Give batches of one, tensors whose first axis is 1 and no packed rows: Batches(examples, 1, "
+            "collate)."
         )
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (list, tuple, Mapping)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)
 
 
 def _draw(loss: Loss, labels: str | Draw) -> Draw | None:
@@ -214,7 +230,7 @@ def _draw(loss: Loss, labels: str | Draw) -> Draw | None:
 
 
 def _drawn_labels(model: nn.Module, sample: Any, generator: torch.Generator, shift: int = 0) -> Any:
-    logits, labels = forward(model, sample), sample["labels"]
+    logits, labels = forward(model, sample, causal=shift > 0), sample["labels"]
     logits = logits[:, : logits.shape[1] - shift] if shift else logits
     chances = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
     drawn = torch.multinomial(chances.reshape(-1, chances.shape[-1]), 1, generator=generator)

@@ -2,6 +2,9 @@
 
 A batch is a mapping with ``"inputs"`` (a tensor, a tuple of positional or a dict of keyword arguments of the model)
 and ``"labels"``. The model gives a tensor, an object or mapping with ``logits``, or a tuple whose first is the tensor.
+``"attention_mask"`` (B, T), true where a token is, goes to a model that names it, wherever it matters: not where rows
+are padded on the right and the loss is causal, as there nothing real sees padding. Where it matters and the model does
+not name it, the batch is refused. ``inputs`` of several arguments are all that the model is given.
 
 Left out on purpose: SFT has no loss of its own. It is :func:`causal_lm` with labels of -100 outside the completion,
 which :func:`peftlib.train.encode` writes.
@@ -65,7 +68,7 @@ def causal_lm(
             f"causal_lm takes integer labels of shape (rows, positions); got {labels.dtype} of {tuple(labels.shape)}."
         )
     if head is None:
-        logits = forward(model, batch)
+        logits = forward(model, batch, causal=True)
         check_places(logits, labels)
         return cross_entropy(logits[:, :-1], labels[:, 1:], each=each)
     hidden, output = without_head(model, head, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,9 +12,62 @@ from torch import Tensor, nn
 from peftlib import PeftlibError
 
 
-def forward(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The model's first tensor for a batch's ``inputs``."""
-    return first_tensor(_call(model, get(batch, "inputs")), model)
+def forward(model: nn.Module, batch: Mapping[str, Any], *, causal: bool = False) -> Tensor:
+    """The model's first tensor for a batch's ``inputs``, with its ``attention_mask`` where that changes anything."""
+    inputs = get(batch, "inputs")
+    if isinstance(inputs, Mapping):
+        output = model(**inputs)
+    elif isinstance(inputs, (tuple, list)):
+        output = model(*inputs)
+    else:
+        _check_documents(batch.get("documents"))
+        output = model(inputs, **_padding(model, batch.get("attention_mask"), causal))
+    return first_tensor(output, model)
+
+
+def _told(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """Of a mask (B, T) and of positions from 0 at each row's first real token, those that the model's forward names."""
+    # a compiled module's own forward names nothing
+    names = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    more = {"attention_mask": mask.long(), "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
+    return {name: value for name, value in more.items() if name in names}
+
+
+def _check_documents(documents: Tensor | None) -> None:
+    if documents is not None and documents.max() > 0:
+        raise PeftlibError(
+            "The batch has rows of several documents, and inputs is a tensor alone, so later documents would read "
+            "earlier ones. Give inputs={...} with document_mask(documents) and positions by the names that the model "
+            "takes; or, if they may be read, a batch without 'documents'."
+        )
+
+
+def _padding(model: nn.Module, mask: Tensor | None, causal: bool) -> dict[str, Tensor]:
+    if mask is None:
+        return {}
+    if mask.dim() != 2:
+        raise PeftlibError(
+            f"attention_mask is {tuple(mask.shape)}, and has to be (rows, positions). For another kind of mask give "
+            "inputs={...}, all that the model takes by name."
+        )
+    right = bool((mask[:, 1:] <= mask[:, :-1]).all())
+    if mask.all() or (causal and right):
+        return {}
+    given = _told(model, mask)
+    if right and "attention_mask" in given:
+        return {"attention_mask": given["attention_mask"]}
+    if causal and len(given) == 2:
+        return given
+    if right:
+        raise PeftlibError(
+            f"The batch has padding, and {type(model).__name__}.forward names no attention_mask, so other tokens would "
+            "see it. Give inputs={...}, all that the model takes by name; or, if it knows padding by the ids, a batch "
+            "without 'attention_mask'."
+        )
+    raise PeftlibError(
+        f"The batch is padded on the left: a causal model whose forward names attention_mask and position_ids can "
+        f"compute it; {type(model).__name__} with this loss cannot. Pad on the right, which pad() and padder() do."
+    )
 
 
 def first_tensor(output: Any, model: nn.Module) -> Tensor:
@@ -29,12 +83,6 @@ def first_tensor(output: Any, model: nn.Module) -> Tensor:
     return found
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-
-
 def without_head(model: nn.Module, name: str, batch: Mapping[str, Any]) -> tuple[Tensor, nn.Module]:
     """What the head was given, and the head; the logits are not made."""
     head = dict(model.named_modules()).get(name)
@@ -44,7 +92,7 @@ def without_head(model: nn.Module, name: str, batch: Mapping[str, Any]) -> tuple
         )
     given: list[Tensor] = []
     with _replaced(head, given):
-        output = forward(model, batch)
+        output = forward(model, batch, causal=True)
     if len(given) != 1 or output is not given[0]:
         raise PeftlibError(
             f"{type(model).__name__} does more than return what {name!r} gives (it ran {len(given)} times), so its "

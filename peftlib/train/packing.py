@@ -117,12 +117,13 @@ def pad(
 ) -> dict[str, Any]:
     """Rows of one length: ``inputs`` (B, T), ``labels`` with -100 at the padding, and ``attention_mask``.
 
-    The mask says which positions are real, by lengths. Rows padded on the right need no mask in a causal model.
+    The mask says which positions are real, by lengths. Losses give it to a model that names ``attention_mask`` where
+    it matters; rows padded on the right need no mask in a causal model.
 
     Args:
         examples: at least one.
         pad_id: what fills; it may be the end token.
-        side: "right" or "left".
+        side: "right", or "left" for causal models that name ``attention_mask`` and ``position_ids``, counted from 0.
         multiple: T is a multiple of it.
 
     Raises:
@@ -155,9 +156,9 @@ def padder(tokenizer: Tokenizer, **options: Any) -> Callable[[Sequence[Encoded]]
 
     Example:
         >>> from peftlib.train import byte_tokenizer
-        >>> collate = padder(byte_tokenizer(), side="left")
+        >>> collate = padder(byte_tokenizer(), multiple=4)
         >>> collate([Encoded([97], [97]), Encoded([98, 99], [98, 99])])["inputs"].tolist()
-        [[256, 97], [98, 99]]
+        [[97, 256, 256, 256], [98, 99, 256, 256]]
     """
     return partial(pad, pad_id=tokenizer.pad_id, **options)
 
@@ -167,8 +168,9 @@ def pack(examples: Sequence[Encoded], length: int, pad_id: int) -> list[dict[str
 
     ``documents`` numbers the documents of a row from 0 (-1 is padding), ``positions`` start at 0 in each, and a
     document's first label is -100, so that none is predicted from the one before. A model sees the documents apart if
-    it is given :func:`document_mask`, or, if its attention is told so by positions that start anew, ``positions``;
-    with neither, later documents read earlier ones.
+    it is given :func:`document_mask`, or, if its attention is told so by positions that start anew, ``positions``, with
+    a collate that makes ``inputs`` a dict of them. Losses refuse rows of several documents without one; a batch without
+    ``documents`` says that later ones may read earlier ones.
 
     Args:
         examples: none longer than ``length``.
@@ -181,7 +183,7 @@ def pack(examples: Sequence[Encoded], length: int, pad_id: int) -> list[dict[str
     Example:
         >>> rows = pack([Encoded([1, 2], [1, 2]), Encoded([3], [3]), Encoded([4, 5], [4, 5])], 4, pad_id=0)
         >>> (
-        ...     [row["ids"].tolist() for row in rows],
+        ...     [row["inputs"].tolist() for row in rows],
         ...     rows[0]["documents"].tolist(),
         ...     rows[0]["positions"].tolist(),
         ... )
@@ -205,14 +207,14 @@ def pack(examples: Sequence[Encoded], length: int, pad_id: int) -> list[dict[str
 
 
 def _packed(row: Sequence[Encoded], length: int, pad_id: int) -> dict[str, Tensor]:
-    columns: dict[str, list[int]] = {"ids": [], "labels": [], "documents": [], "positions": []}
+    columns: dict[str, list[int]] = {"inputs": [], "labels": [], "documents": [], "positions": []}
     for number, example in enumerate(row):
         size = len(example.ids)
-        columns["ids"] += example.ids
+        columns["inputs"] += example.ids
         columns["labels"] += [IGNORE, *example.labels[1:]]
         columns["documents"] += [number] * size
         columns["positions"] += range(size)
-    fill = {"ids": pad_id, "labels": IGNORE, "documents": -1, "positions": 0}
+    fill = {"inputs": pad_id, "labels": IGNORE, "documents": -1, "positions": 0}
     return {
         name: torch.tensor([*values, *[fill[name]] * (length - len(values))])
         for name, values in columns.items()

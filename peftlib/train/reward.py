@@ -51,7 +51,7 @@ def score(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The number at each row's last token, (B,), in float32 or wider.
 
     Args:
-        model: gives (B, T, 1), or (B, T).
+        model: causal; gives (B, T, 1), or (B, T).
         batch: ``inputs``, and ``attention_mask`` (B, T), true where a token is, or ``labels``, whose last one that is
             not -100 is the last token.
 
@@ -67,7 +67,7 @@ def score(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         ... )
         tensor([6.])
     """
-    output = forward(model, batch)
+    output = forward(model, batch, causal=True)
     there = batch["attention_mask"].bool() if "attention_mask" in batch else get(batch, "labels") != IGNORE
     values_BT = one_number(output, there)
     if not there.any(1).all():

@@ -82,6 +82,25 @@ def test_a_template_without_an_end_of_turn_gets_the_tokenizers(tmp_path):
     )
 
 
+TRIMS = NO_END.replace("m['content']", "m['content'] | trim")
+
+
+def test_a_template_that_trims_what_is_said_gets_the_end_too(tmp_path):
+    example = read(tmp_path, tokenizer(TRIMS, "</s>"), [("user", "一 "), ("assistant", " 二 ")])
+    assert example.segments[-1] == ("二</s>", True)
+
+
+def test_the_end_may_be_named_and_has_to_be_known_where_it_is_needed(tmp_path):
+    turns = [("user", "a"), ("assistant", "b")]
+    own = tokenizer(NO_END, None)
+    assert ChatTemplate(own, eos="</s>").segments(turns)[-1] == ("b</s>", True)
+    assert ChatTemplate(tokenizer(CHATML, None)).segments(turns)[-1] == ("b<|im_end|>", True)
+    with pytest.raises(
+        PeftlibError, match=r"line 1: the chat template writes no end.*ChatTemplate\(tokenizer, eos="
+    ):
+        read(tmp_path, own, turns)
+
+
 def test_instructions_go_through_it_too(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}')

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import default_collate
 
 from peftlib import PeftlibError
 from peftlib.train import (
@@ -241,7 +242,7 @@ def test_packed_rows_hold_every_document_once(examples):
         assert all(len(column) == 8 for column in row.values())
         for number in range(int(row["documents"].max()) + 1):
             here = row["documents"] == number
-            ids = row["ids"][here].tolist()
+            ids = row["inputs"][here].tolist()
             assert row["positions"][here].tolist() == list(range(len(ids)))
             assert row["labels"][here].tolist() == [-100, *ids[1:]]
             found.append(ids)
@@ -279,14 +280,16 @@ def test_packed_documents_give_what_each_gives_alone():
     expected = torch.stack([causal_lm(model, pad([example], BYTES.pad_id))[0] for example in examples]).sum()
     rows = pack(examples, 32, BYTES.pad_id)
     assert len(rows) < len(examples)
-    together = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    together = default_collate(rows)
     mask = document_mask(together["documents"])
-    inputs = {"ids": together["ids"], "positions": together["positions"], "mask": mask}
+    inputs = {"ids": together["inputs"], "positions": together["positions"], "mask": mask}
     total, count = causal_lm(model, {"inputs": inputs, "labels": together["labels"]})
     torch.testing.assert_close(total, expected)
     assert count == sum(label != -100 for e in examples for label in e.labels[1:])
+    with pytest.raises(PeftlibError, match="later documents would read earlier"):
+        causal_lm(model, together)
     # without the mask, documents read one another: the comparison would notice
-    leaky, _ = causal_lm(model, {"inputs": together["ids"], "labels": together["labels"]})
+    leaky, _ = causal_lm(model, {"inputs": together["inputs"], "labels": together["labels"]})
     assert not torch.allclose(leaky, expected)
 
 

@@ -8,10 +8,21 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 
 import peftlib
 from peftlib import LoRA, PeftlibError
-from peftlib.train import Batches, Fisher, causal_lm, classification, fisher, masked_lm, regression
+from peftlib.train import (
+    Batches,
+    Encoded,
+    Fisher,
+    causal_lm,
+    classification,
+    fisher,
+    masked_lm,
+    pack,
+    regression,
+)
 
 
 class Decoder(nn.Module):
@@ -185,6 +196,45 @@ def test_what_it_cannot_estimate_is_refused():
     bad = [{"inputs": torch.full((1, 1), math.inf), "labels": torch.ones(1)}]
     with pytest.raises(PeftlibError, match="are not finite"):
         fisher(nn.Linear(1, 1), bad, regression)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        (torch.ones(8, 1), torch.ones(8)),
+        torch.ones(8, 1),
+        {"inputs": {"x": torch.ones(8, 1)}, "labels": torch.tensor(1.0)},
+        [torch.ones(1, 1), torch.ones(8)],
+    ],
+)
+def test_several_samples_in_any_kind_of_batch_are_refused(sample):
+    def loss(model, batch):
+        raise AssertionError("refused before anything is computed")
+
+    with pytest.raises(PeftlibError, match="a batch of 8 samples"):
+        fisher(nn.Linear(1, 1), [sample], loss)
+
+
+def test_one_sample_in_a_batch_that_is_no_mapping_is_a_sample():
+    def loss(model, batch):
+        return (model(batch[0])[:, 0] - batch[1]).square().sum(), len(batch[1])
+
+    x, y = torch.randn(8, 2, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    model = nn.Linear(2, 1).double()
+    pairs = fisher(model, [(x[i : i + 1], y[i : i + 1]) for i in range(8)], loss).values["weight"]
+    errors = (model(x)[:, 0] - y).detach()
+    torch.testing.assert_close(pairs[0], (2 * errors[:, None] * x).square().mean(0))
+
+
+def test_a_packed_row_is_as_many_samples_as_documents():
+    def batch(*lengths):
+        (row,) = pack([Encoded([1] * n, [1] * n) for n in lengths], 6, 0)
+        return {"inputs": row["inputs"], "labels": row["labels"], "documents": row["documents"]}
+
+    model = decoder()
+    with pytest.raises(PeftlibError, match=r"a batch of 2 samples.*packed"):
+        fisher(model, [default_collate([batch(3, 2)])], causal_lm)
+    fisher(model, [default_collate([batch(3)])], causal_lm)
 
 
 def test_batches_of_one_are_samples():

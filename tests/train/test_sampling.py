@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 from functools import partial
@@ -260,6 +261,34 @@ def test_mining_learns_the_hard_examples_sooner():
         fit(model, batches, mining.watch(each), optimizer=optimizer, epochs=6)
         found[cap] = (model(x[56:]) - y[56:]).square().mean().item()
     assert found[4] < 0.8 * found[1]
+
+
+def test_a_look_at_the_batches_during_training_changes_nothing_of_what_is_mined():
+    def run(**more):
+        mining, model, drawn = Mining(7), line(), []
+        batches = Batches(rows(7), 2, stacked, sampler=mining, index=True)
+
+        def loss(model, batch):
+            drawn.append(batch["index"].tolist()) if torch.is_grad_enabled() else None
+            return each(model, batch)
+
+        options = {key: make(batches) for key, make in more.items()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        fit(model, batches, mining.watch(loss), optimizer=optimizer, steps=12, **options)
+        return drawn, mining.losses, batches
+
+    drawn, losses, batches = run()
+    epochs = [sorted(itertools.chain(*drawn[i : i + 4])) for i in (0, 4, 8)]
+    assert epochs[0] == list(range(7)) != epochs[1]  # it does draw by losses
+    for more in (
+        {"callbacks": lambda batches: [lambda row: list(batches) and None]},
+        {"evaluate": lambda batches: batches},
+    ):
+        again, found, _ = run(**more)
+        assert again == drawn
+        assert torch.equal(found, losses)
+    assert sorted(itertools.chain(*(batch["index"].tolist() for batch in batches))) == list(range(7))
+    assert torch.equal(batches.sampler.losses, losses)
 
 
 def test_what_mining_cannot_do_is_refused():
