@@ -370,6 +370,28 @@ def test_where_it_goes_one_by_one(shared: list[int]) -> None:
     assert shared == [3]
 
 
+def test_who_drops_is_not_computed_along(shared: list[int]) -> None:
+    """One member of a group in training, with dropout, the others in eval."""
+    model, apart, x, _, _ = pair(dropout=0.5)
+    for m in (model, apart):
+        m.eval()
+        m.k.train()
+    outputs = []
+    for m in (model, apart):
+        torch.manual_seed(3)
+        outputs.append(m(x))
+    close({"y": outputs[0]}, {"y": outputs[1]})
+    assert shared == [2]
+
+
+def test_factors_of_another_dtype_go_one_by_one(shared: list[int]) -> None:
+    model, apart, x, _, _ = pair()
+    for m in (model, apart):
+        peftlib.tunings(m)["default"].parts[1].delta.float()
+    torch.testing.assert_close(model(x), apart(x), rtol=1e-12, atol=1e-12)
+    assert not shared
+
+
 def test_the_input_is_kept_once_and_estimates_are_measurements() -> None:
     model, _, x, _, _ = pair()
     x = x.detach()
