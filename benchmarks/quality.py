@@ -34,7 +34,9 @@ from benchmarks.machine import about
 from benchmarks.progress import Progress
 from benchmarks.quality_report import draw, table
 from benchmarks.tasks import TASKS, Task
+from benchmarks.timing import clock_for
 from benchmarks.trainings import (
+    ROUNDS,
     SEARCH_SEED,
     WARMUP,
     At,
@@ -124,6 +126,8 @@ def contest(
         "rates_from": "of another task's results"
         if rates
         else f"of two, the lower validation loss after {search_steps(task)} steps with a seed of its own",
+        "rounds": ROUNDS,
+        "clock": clock_for(torch.get_num_threads(), "cpu"),
         "machine": about(torch.get_num_threads(), "cpu"),
         "rows": rows,
     }
@@ -138,7 +142,7 @@ def contest(
                 for what in equal:
                     row[f"equal_{what}"].append(dict(run["curve"])[ends[what][name]])
                 row["curves"].append(run["curve"])
-                row["losses"].append(run["losses"])
+                row["losses"].append([round(loss, 4) for loss in run["losses"]])
                 progress.step(f"{name} {run['curve'][-1][1]:.3f}")
             save(results)
     return results

@@ -66,6 +66,8 @@ def table(results: dict[str, Any]) -> Table:
             f"Batches of {size['batch']}, at most {size['length']} tokens a row; AdamW, {results['warmup']} steps of "
             f"warm-up, then constant; {results['precision']}.",
             f"Rate: {results['rates_from']}.{head}",
+            f"Time: {results['clock']} time of a step beside that of full fine-tuning, in turns, median of "
+            f"{results['rounds']}.",
             *(f"{name} is left out: {why}" for name, why in results["refused"].items()),
             f"Threads: {where['threads']} of {where['cores']} cores, {where['processor']}; "
             f"torch {where['versions']['torch']}, Python {where['python']}, {where['date']}.",
@@ -82,17 +84,18 @@ def draw(results: dict[str, Any], path: Path) -> str:
         return "no figure (pip install 'peftlib[plot]')"
     figure = Figure(figsize=(15, 5), layout="constrained")
     training, steps, time = figure.subplots(1, 3)
+    end = results["size"]["steps"]
     colours = [f"C{i}" for i in range(10)] + ["black", "gold"]
     for row, colour in zip(results["rows"], colours, strict=False):
         look = {"color": colour, "linewidth": 1.3, "linestyle": "--" if row["method"] == "head" else "-"}
         losses = [fmean(step) for step in zip(*row["losses"], strict=True)]
-        training.plot(range(1, len(losses) + 1), smooth(losses), label=row["method"], **look)
+        shown = smooth(losses)[:end]
+        training.plot(range(1, len(shown) + 1), shown, label=row["method"], **look)
         score = [
             (points[0][0], fmean(value for _, value in points)) for points in zip(*row["curves"], strict=True)
         ]
         for axes, factor in ((steps, 1.0), (time, row["step_relative"])):
             axes.plot([s * factor for s, _ in score], [v for _, v in score], marker=".", **look)
-    end = results["size"]["steps"]
     training.set(xlabel="steps", ylabel="training loss (nats)", xlim=(1, end))
     steps.set(xlabel="steps", ylabel=f"test {results['metric']}", xlim=(0, 1.02 * end))
     time.set(

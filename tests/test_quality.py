@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ from benchmarks.ledger import Ledger
 from benchmarks.pretrained import Classifier
 from benchmarks.quality_report import draw, table
 from benchmarks.reviews import chinese_reviews, distinct, rotten_tomatoes, split
-from benchmarks.tasks import ByLength, Size, Task, accuracy, classifier_batches, collate
+from benchmarks.tasks import TASKS, ByLength, Size, Task, accuracy, classifier_batches, collate
 from benchmarks.trainings import search
 from peftlib import train
 from peftlib.methods.base import METHODS as PEFTLIB_METHODS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def rows(count: int) -> list[tuple[list[int], int]]:
@@ -193,6 +197,25 @@ def test_the_command_runs_its_tasks(task, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             quality.main(wrong)
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "chinese-reviews"])
+def test_the_page_shows_the_committed_results(name):
+    results = json.loads((RESULTS / f"quality-{name}.json").read_text(encoding="utf-8"))
+    shown = (RESULTS / f"quality-{name}.txt").read_text(encoding="utf-8")
+    assert shown == f"{table(results)}\n"
+    assert shown in (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    assert (RESULTS / f"quality-{name}.png").stat().st_size > 10_000
+    # a run of everything: all methods, but those that the model has no place for
+    assert {row["method"] for row in results["rows"]} | results["refused"].keys() == METHODS.keys()
+
+
+def test_the_encoder_lands_where_hf_peft_did():
+    """What was seen with HF peft under this setup, within 0.02."""
+    results = json.loads((RESULTS / "quality-rotten-tomatoes.json").read_text(encoding="utf-8"))
+    found = {row["method"]: statistics.fmean(row["equal_steps"]) for row in results["rows"]}
+    for name, seen in {"head": 0.732, "lora-qv": 0.772, "full": 0.780}.items():
+        assert found[name] == pytest.approx(seen, abs=0.02), name
 
 
 def test_a_method_that_cannot_act_is_named(contest, task):
