@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import email
 import json
 import math
@@ -194,6 +195,24 @@ def test_pairs_hold_one_of_each_kind(small, parts):
         ]
         assert sides[0][0] == sides[1][0]
         assert truth(*map(list, zip(*sides, strict=True))) == [1.0, 0.0]
+
+
+def test_the_page_shows_the_committed_results():
+    results = json.loads((ROOT / "benchmarks/results/rlhf.json").read_text())
+    shown = (ROOT / "benchmarks/results/rlhf.txt").read_text(encoding="utf-8")
+    assert rlhf_report.report(results) + "\n" == shown
+    assert shown in (ROOT / "docs/rlhf.md").read_text(encoding="utf-8")
+    assert results["budget"] == dataclasses.asdict(rlhf.Budget())
+    # what the page says of them
+    failed = set()
+    for one in results["seeds"]:
+        rows = one["rows"]
+        assert rows["ppo"]["learned"] > rows["sft"]["learned"] + 0.5
+        assert rows["dpo"]["bytes"] < rows["sft"]["bytes"] / 2
+        assert all(row["kl"] < 5 for row in rows.values())
+        before = rows["sft"]["true"]
+        failed |= {(n, one["seed"]) for n in rlhf.ALGORITHMS if not rlhf_report.rose(before, rows[n]["true"])}
+    assert failed == {(name, seed) for name in ("dpo", "ppo") for seed in (0, 2)}
 
 
 def test_without_matplotlib_there_is_no_figure(monkeypatch, tmp_path):
