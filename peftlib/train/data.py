@@ -25,6 +25,8 @@ SHAPES = {
 }
 """Name of a shape -> the keys it needs. The first whose keys are all there is the file's."""
 ROLES = ("system", "user", "assistant")
+JSON = {type(None): "null", list: "a list", dict: "an object", bool: "true or false"}
+"""What a value that is no text is called."""
 
 
 @dataclass(frozen=True)
@@ -210,10 +212,19 @@ def _turns(row: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
 
 
 def _text(row: Mapping[str, Any], key: str, where: str, *, empty: bool = False) -> str:
-    value = row.get(key, "" if empty else None)
+    value = row.get(key)
+    if value is None and empty:
+        return ""
     if not isinstance(value, str):
-        what = f"is {type(value).__name__}, not text" if key in row else "is missing"
-        raise PeftlibError(f"{where}: {key!r} {what}.")
+        what = JSON.get(type(value), "a number") if key in row else "missing"
+        raise PeftlibError(f"{where}: {key!r} is {what}. Write a text, {json.dumps({key: '...'})}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PeftlibError(
+            f"{where}: {key!r} has half a character, {value[error.start]!a} at {error.start}, which is no text. "
+            "Write both halves of the pair, or the character itself."
+        ) from error
     if not value.strip() and not empty:
         raise PeftlibError(f"{where}: {key!r} is empty. Leave the line out, or give a text.")
     return value

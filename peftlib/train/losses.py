@@ -169,20 +169,32 @@ def cross_entropy(
 
     Args:
         logits: (..., V).
-        labels: (...) integers.
+        labels: (...) integers of any size.
         class_weights: (V,).
         label_smoothing: 0 to 1.
         each: sums and counts along the first axis.
 
     Raises:
-        PeftlibError: every label is -100.
+        PeftlibError: every label is -100, one is not below V, or they are no integers.
 
     Example:
         >>> cross_entropy(torch.zeros(3, 2), torch.tensor([0, 1, -100]))  # 2 ln 2
         (tensor(1.3863), 2)
     """
+    if labels.is_floating_point() or labels.is_complex():
+        raise PeftlibError(
+            f"The labels are {labels.dtype}, and classes are integers: use labels.long(), or regression() for numbers."
+        )
+    labels = labels.long()
     there = labels != IGNORE
     count = _some(there)
+    low, high = labels[there].aminmax()
+    if low < 0 or high >= logits.shape[-1]:
+        # on a GPU torch would end the whole process
+        raise PeftlibError(
+            f"A label is {int(low if low < 0 else high)}, and the model gives {logits.shape[-1]} numbers, for labels "
+            f"from 0 to {logits.shape[-1] - 1}; {IGNORE} is no target. Do tokenizer and model, or classes, go together?"
+        )
     # reshape, not transpose: the kernel for (rows, classes) is the fast one
     rows = logits.reshape(-1, logits.shape[-1])
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -37,19 +37,20 @@ class Encoded:
 def encode(
     example: Example, tokenizer: Tokenizer, *, max_length: int | None = None, whole: bool = False
 ) -> Encoded:
-    """An example's ids, with an end token after each trained segment, trained too; labels for the completion only.
+    """An example's ids, with an end token after each trained segment, trained too; labels for the completions only.
 
     Segments are encoded one by one: a token never spans a prompt and its completion, as none does when the model
-    is asked.
+    is asked. The tokenizer's ``bos_id``, if it has one, is first, but where a chat template wrote the text.
 
     Args:
         example: from :func:`peftlib.train.read_jsonl`.
         tokenizer: see :func:`peftlib.train.as_tokenizer`.
-        max_length: a longer one loses the beginning of its prompt.
+        max_length: a longer one loses its beginning, down to its last prompt's; of completions that go, nothing is
+            trained.
         whole: train the prompt as well.
 
     Raises:
-        PeftlibError: nothing is trained, or what is trained does not fit with at least one token before it.
+        PeftlibError: nothing is trained, or the last that is does not fit with at least one token before it.
 
     Example:
         >>> from peftlib.train import byte_tokenizer
@@ -58,8 +59,13 @@ def encode(
     """
     ids: list[int] = []
     labels: list[int] = []
+    completions: list[tuple[int, int]] = []
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for text, trained in example.segments:
         new = tokenizer.encode(text) + ([tokenizer.eos_id] if trained and not example.closed else [])
+        if not ids and not example.closed and new[:1] != bos:
+            new = bos + new
+        completions += [(len(ids), len(ids) + len(new))] if trained else []
         ids += new
         labels += new if trained or whole else [IGNORE] * len(new)
     where = example.source or "The example"
@@ -67,23 +73,29 @@ def encode(
         raise PeftlibError(
             f"{where}: there is nothing to train on: the completion has no token after the first."
         )
-    if max_length is not None and len(ids) > max_length:
-        first = next(i for i, label in enumerate(labels) if label != IGNORE)
-        cut = len(ids) - max_length
-        if not whole and cut >= max(first, 1):
+    if max_length is None or len(ids) <= max_length:
+        return Encoded(ids, labels)
+    begin = bos if ids[:1] == bos else []
+    cut = len(begin) + len(ids) - max_length
+    if not whole:
+        start, end = completions[-1]
+        if cut >= start:
             raise PeftlibError(
-                f"{where}: what is trained has {len(ids) - first} tokens and max_length={max_length}, so "
+                f"{where}: the last completion has {end - start} tokens and max_length={max_length}, so "
                 "nothing would be left of the prompt. Raise max_length, or leave the example out."
             )
-        ids, labels = ids[cut:], labels[cut:]
-    return Encoded(ids, labels)
+        # an answer without the whole of its question is read, not trained
+        for first, after in completions:
+            if first <= cut < after:
+                labels[first:after] = [IGNORE] * (after - first)
+    return Encoded(begin + ids[cut:], [IGNORE] * len(begin) + labels[cut:])
 
 
 def split(text: str, tokenizer: Tokenizer, length: int, *, context: int = 1) -> list[Encoded]:
     """A text to go on training with, in pieces of at most ``length`` tokens, an end token after its last.
 
-    Every token but the text's first is trained exactly once: a piece begins with the ``context`` last tokens of the one
-    before it, which are read and not trained.
+    Every token but the first, which is the tokenizer's ``bos_id`` if it has one, is trained exactly once: a piece
+    begins with the ``context`` last tokens of the one before it, which are read and not trained.
 
     Args:
         text: not empty.
@@ -99,12 +111,14 @@ def split(text: str, tokenizer: Tokenizer, length: int, *, context: int = 1) -> 
         >>> [(piece.ids, piece.labels) for piece in split("abc", byte_tokenizer(), 3)]
         [([97, 98, 99], [97, 98, 99]), ([99, 257], [-100, 257])]
     """
-    ids = [*tokenizer.encode(text), tokenizer.eos_id]
-    if len(ids) < 2 or not 1 <= context < length:
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    own = tokenizer.encode(text)
+    if own in ([], bos) or not 1 <= context < length:
         raise PeftlibError(
             f"split takes a text with a token in it and 1 <= context < length; got {text[:20]!r}, context={context}, "
             f"length={length}."
         )
+    ids = [*([] if own[:1] == bos else bos), *own, tokenizer.eos_id]
     pieces = [Encoded(ids[:length], ids[:length])]
     for start in range(length - context, len(ids) - context, length - context):
         piece = ids[start : start + length]

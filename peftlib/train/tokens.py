@@ -19,6 +19,7 @@ class Tokenizer:
         eos_id: ends a completion.
         pad_id: fills rows; it may be ``eos_id``, as padding is known by lengths here and never by its id.
         vocabulary: ids are below it.
+        bos_id: begins each example, where the tokenizer has such a token.
 
     Example:
         >>> words = ["<end>", "no", "yes"]
@@ -38,6 +39,7 @@ class Tokenizer:
     eos_id: int
     pad_id: int
     vocabulary: int
+    bos_id: int | None = None
 
 
 PAD, EOS = 256, 257
@@ -63,6 +65,8 @@ def byte_tokenizer() -> Tokenizer:
 def as_tokenizer(tokenizer: Any, *, eos: str | None = None, pad: str | None = None) -> Tokenizer:
     """One of ours, of ``tokenizers`` or of transformers, as one of ours.
 
+    What it puts before a text by itself, if that is one token, is ``bos_id``: that a token is called so is not enough.
+
     Args:
         tokenizer: a :class:`Tokenizer`, a ``tokenizers.Tokenizer`` or a transformers tokenizer.
         eos: the text of the token that ends a completion; transformers tokenizers know theirs.
@@ -83,16 +87,16 @@ def as_tokenizer(tokenizer: Any, *, eos: str | None = None, pad: str | None = No
         if eos is not None and eos_id == tokenizer.unk_token_id:
             eos_id = None
 
-        def encode(text: str) -> list[int]:
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        def encode(text: str, special: bool = False) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
         size = len(tokenizer)
     elif callable(getattr(tokenizer, "token_to_id", None)):
         eos_id = None if eos is None else tokenizer.token_to_id(eos)
         pad_id = None if pad is None else tokenizer.token_to_id(pad)
 
-        def encode(text: str) -> list[int]:
-            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        def encode(text: str, special: bool = False) -> list[int]:
+            return list(tokenizer.encode(text, add_special_tokens=special).ids)
 
         size = tokenizer.get_vocab_size()
     else:
@@ -109,10 +113,19 @@ def as_tokenizer(tokenizer: Any, *, eos: str | None = None, pad: str | None = No
         raise PeftlibError(
             f"{type(tokenizer).__name__} has no token {pad!r} to pad with. Name one of its tokens."
         )
-    return Tokenizer(
-        encode,
-        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        eos_id,
-        eos_id if pad_id is None else pad_id,
-        size,
-    )
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    pad_id = eos_id if pad_id is None else pad_id
+    return Tokenizer(encode, decode, eos_id, pad_id, size, _begins(encode, decode, size))
+
+
+def _begins(encode: Callable[..., list[int]], decode: Callable[..., str], size: int) -> int | None:
+    """The one token that stands before a text, found with the first token that is a text."""
+    for i in range(size):
+        if plain := encode(text := decode([i])):
+            whole = encode(text, True)
+            before = whole[1 : 1 + len(plain)] == plain and whole[: len(plain)] != plain
+            return whole[0] if before else None
+    return None

@@ -38,6 +38,7 @@ BYTES = byte_tokenizer()
 
 
 def written(tmp_path, *rows):
+    tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "data.jsonl"
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -96,9 +97,22 @@ SAID = {"role": "assistant", "content": "好"}
         ([GOOD, "[1]"], "line 2: this is a JSON list"),
         ([{"text": "x"}], "line 1: the keys are text.*instruction, output; messages; prompt"),
         ([GOOD, {"prompt": "x"}], "line 2: 'completion' is missing"),
-        ([GOOD, {"prompt": "x", "completion": 3}], "line 2: 'completion' is int, not text"),
+        ([GOOD, {"prompt": "x", "completion": 3}], "line 2: 'completion' is a number"),
         ([{"prompt": "x", "completion": " "}], "line 1: 'completion' is empty"),
-        ([{"prompt": None, "completion": "y"}], "line 1: 'prompt' is NoneType"),
+        ([{"prompt": "x", "completion": None}], "line 1: 'completion' is null. Write a text"),
+        ([GOOD, {"prompt": "x", "completion": ["y"]}], "line 2: 'completion' is a list"),
+        (
+            [{"prompt": "x", "chosen": [{"role": "user"}], "rejected": "z"}],
+            r"'chosen' is a list.*\{.chosen.: ",
+        ),
+        (
+            [GOOD, r'{"prompt": "x", "completion": "a\ud83d"}'],
+            r"line 2: 'completion' has half a char.*'.ud83d' at 1",
+        ),
+        (
+            [r'{"messages": [{"role": "user", "content": "\udc00"}]}'],
+            r"messages\[0\]: 'content' has half a char",
+        ),
         ([{"instruction": "", "output": "y"}], "'instruction' is empty"),
         ([{"prompt": "x", "chosen": "y", "rejected": "y"}], "the same text"),
         ([{"messages": []}], "'messages' is no list"),
@@ -112,6 +126,14 @@ SAID = {"role": "assistant", "content": "好"}
 def test_what_is_wrong_is_named_by_file_line_and_key(tmp_path, rows, message):
     with pytest.raises(PeftlibError, match=message):
         read_jsonl(written(tmp_path, *rows))
+
+
+def test_null_is_what_is_left_out(tmp_path):
+    path = written(tmp_path, {"instruction": "a", "input": None, "output": "b"})
+    other = written(tmp_path / "other", {"instruction": "a", "output": "b"})
+    assert read_jsonl(path)[0].segments == read_jsonl(other)[0].segments
+    path = written(tmp_path, {"prompt": None, "completion": "b"})
+    assert read_jsonl(path)[0].segments == (("", False), ("b", True))
 
 
 def test_files_that_are_not_there_or_not_text(tmp_path):
@@ -186,11 +208,87 @@ def test_what_is_too_long_loses_the_beginning_of_its_prompt():
     assert (found.ids, found.labels) == ([101, 102, 120, 121, 257], [-100, -100, 120, 121, 257])
     encode(example, BYTES, max_length=4)
     with pytest.raises(
-        PeftlibError, match=r"f\.jsonl, line 4: what is trained has 3 tokens and max_length=3"
+        PeftlibError, match=r"f\.jsonl, line 4: the last completion has 3 tokens and max_length=3"
     ):
         encode(example, BYTES, max_length=3)
     with pytest.raises(PeftlibError, match="nothing to train on"):
         encode(Example((("abc", False),)), BYTES)
+
+
+def test_what_is_too_long_loses_its_early_turns():
+    example = Example((("qq", False), ("aaaa", True), ("uvwxyz", False), ("b", True)))
+    end = BYTES.eos_id
+    whole = encode(example, BYTES)  # 2, 4 + 1, 6, 1 + 1
+    assert encode(example, BYTES, max_length=15) == whole
+    for length in (
+        14,
+        13,
+        9,
+    ):  # some of the question, all of it, some of the answer: that answer is not trained
+        found = encode(example, BYTES, max_length=length)
+        assert found.ids == whole.ids[-length:]
+        assert [label for label in found.labels if label != -100] == (
+            [*b"aaaa", end, *b"b", end] if length == 14 else [*b"b", end]
+        )
+    found = encode(example, BYTES, max_length=3)
+    assert (found.ids, found.labels) == ([*b"zb", end], [-100, *b"b", end])
+    with pytest.raises(PeftlibError, match="the last completion has 2 tokens and max_length=2"):
+        encode(example, BYTES, max_length=2)
+    assert encode(example, BYTES, max_length=9, whole=True).labels == whole.ids[-9:]
+
+
+def begun(single, **named):
+    transformers = pytest.importorskip("transformers")
+    plain = word_level()
+    plain.add_special_tokens(["<s>"])
+    specials = [(token, plain.token_to_id(token)) for token in ("<s>", "</s>")]
+    plain.post_processor = pytest.importorskip("tokenizers").processors.TemplateProcessing(
+        single=single, special_tokens=specials
+    )
+    own = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, eos_token="</s>", unk_token="<unk>", **named
+    )
+    return plain, own
+
+
+@pytest.mark.parametrize(
+    "single, begins",
+    [("<s> $A", "<s>"), ("<s> $A </s>", "<s>"), ("</s> $A", "</s>"), ("$A </s>", None), ("$A", None)],
+)
+def test_examples_begin_as_the_tokenizer_begins(single, begins):
+    plain, own = begun(single, bos_token="<s>")  # having a token of that name is not beginning with it
+    for tokenizer in (as_tokenizer(plain, eos="</s>"), as_tokenizer(own)):
+        begin = [] if begins is None else [plain.token_to_id(begins)]
+        assert tokenizer.bos_id == (begin[0] if begin else None)
+        example = Example((("你", False), ("好", True)))
+        found = encode(example, tokenizer)
+        assert found.ids == [*begin, 2, 3, 0]
+        assert found.labels == [-100] * len(begin) + [-100, 3, 0]
+        assert encode(Example((("", False), ("好", True), *example.segments)), tokenizer).ids[:1] == (
+            begin or [3]
+        )
+        (piece,) = split("你好", tokenizer, 8)
+        assert piece.ids == [*begin, 2, 3, 0]
+    for empty in ("", "<s>" if begins == "<s>" else ""):
+        with pytest.raises(PeftlibError, match="split takes a text"):
+            split(empty, tokenizer, 4)
+
+
+def test_what_is_cut_begins_as_before_and_a_written_beginning_is_not_doubled():
+    _, own = begun("<s> $A", bos_token="<s>")
+    tokenizer = as_tokenizer(own)
+    bos = tokenizer.bos_id
+    found = encode(Example((("你好吗", False), ("好", True))), tokenizer, max_length=4)
+    assert (found.ids, found.labels) == ([bos, 4, 3, 0], [-100, -100, 3, 0])
+    with pytest.raises(PeftlibError, match="nothing would be left of the prompt"):
+        encode(Example((("你好吗", False), ("好", True))), tokenizer, max_length=3)
+    assert encode(Example((("<s>你", False), ("好", True))), tokenizer).ids == [bos, 2, 3, 0]
+    long = Example((("<s>你好吗", False), ("好</s>", True)), closed=True)
+    assert encode(long, tokenizer, max_length=4).ids == [bos, 4, 3, 0]
+    # a chat template has written all there is
+    assert encode(Example((("你", False), ("好</s>", True)), closed=True), tokenizer).ids == [2, 3, 0]
+    # one token after the beginning can be trained
+    assert encode(Example((("", False), ("好", True))), tokenizer).labels == [-100, 3, 0]
 
 
 @given(text=st.text("ab天", min_size=1, max_size=30), length=st.integers(2, 9), data=st.data())

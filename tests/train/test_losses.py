@@ -25,6 +25,7 @@ from peftlib.train import (
 )
 
 V, D = 11, 4
+IDS = torch.tensor([[4, 7, 1], [0, 9, 3]])
 
 
 class Decoder(nn.Module):
@@ -153,6 +154,17 @@ def test_regression_counts_every_number_but_nan():
     assert counts.tolist() == [1, 2, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8])
+def test_labels_may_be_integers_of_any_size(dtype):
+    labels = IDS if dtype is torch.uint8 else torch.where(torch.arange(3) == 1, -100, IDS)
+    for loss in (causal_lm, partial(causal_lm, head="head"), classification):
+        found, expected = (
+            loss(decoder(), {"inputs": IDS, "labels": given}) for given in (labels.to(dtype), labels)
+        )
+        assert torch.equal(found[0], expected[0])
+        assert found[1] == expected[1]
+
+
 def test_low_precision_is_summed_in_float32():
     logits, labels = torch.randn(64, 50).bfloat16(), torch.randint(50, (64,))
     exact = cross_entropy(logits.double(), labels)[0]
@@ -225,9 +237,6 @@ class Capped(Decoder):
         return torch.tanh(super().forward(ids))
 
 
-IDS = torch.randint(V, (2, 3))
-
-
 @pytest.mark.parametrize(
     "loss, model, batch, message",
     [
@@ -242,6 +251,20 @@ IDS = torch.randint(V, (2, 3))
         (partial(causal_lm, head="body"), decoder(), {"inputs": IDS, "labels": IDS}, "does more than return"),
         (partial(causal_lm, head="head"), Capped().double(), {"inputs": IDS, "labels": IDS}, "does more"),
         (classification, decoder(), {"inputs": IDS, "labels": IDS[0]}, "all axes but the last"),
+        (
+            classification,
+            decoder(),
+            {"inputs": IDS, "labels": IDS.float()},
+            r"labels are torch.float32.*integers",
+        ),
+        (
+            classification,
+            decoder(),
+            {"inputs": IDS, "labels": IDS + V},
+            "A label is 20, and the model gives 11",
+        ),
+        (causal_lm, decoder(), {"inputs": IDS, "labels": IDS - 99}, r"A label is -\d+, .* from 0 to 10"),
+        (partial(causal_lm, head="head"), decoder(), {"inputs": IDS, "labels": IDS + V}, "A label is"),
         (regression, nn.Identity(), {"inputs": torch.ones(3, 2), "labels": torch.ones(3)}, "Reshape one"),
         (
             regression,
