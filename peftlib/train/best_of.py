@@ -23,7 +23,8 @@ class Best:
         example: prompt and completion, to be trained with :func:`peftlib.train.causal_lm`.
         completion: its ids.
         reward: what it earned.
-        mean: what the prompt's completions earned on average.
+        mean: what the prompt's completions earned on average; exactly ``reward`` where all earned the same, so that
+            ``[best for best in found if best.reward > best.mean]`` leaves out where choosing told nothing.
 
     Example:
         >>> best = Best(Encoded([1, 5], [-100, 5]), completion=[5], reward=1.0, mean=0.25)
@@ -38,7 +39,13 @@ class Best:
 
 
 def best_of(
-    model: nn.Module, prompts: Sequence[Sequence[int]], reward: Reward, n: int, **settings: Any
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    reward: Reward,
+    n: int,
+    *,
+    rows: int | None = None,
+    **settings: Any,
 ) -> list[Best]:
     """Draw n completions of each prompt and keep the one with the highest reward; of equal ones the first.
 
@@ -47,10 +54,12 @@ def best_of(
         prompts: rows of ids.
         reward: see :func:`peftlib.train.ppo`.
         n: completions of each prompt.
+        rows: completions drawn at a time; None is all.
         **settings: of :func:`peftlib.train.generate`.
 
     Raises:
-        PeftlibError: n below 1, or as ``generate`` and the reward raise.
+        PeftlibError: n or rows below 1, several completions at temperature 0, which would be one, or as
+            ``generate`` and the reward raise.
 
     Example:
         >>> def reward(prompts, completions):
@@ -61,11 +70,20 @@ def best_of(
 
     Source: Touvron et al. 2023, arXiv:2307.09288, section 3.2.3 (rejection sampling fine-tuning).
     """
-    if n < 1:
-        raise PeftlibError(f"n={n}: give a number of completions from 1.")
-    repeated = [list(prompt) for prompt in prompts for _ in range(n)]
-    completions = generate(model, repeated, **settings).lists()
-    rewards = checked_rewards(reward, repeated, completions).tolist()
+    if n < 1 or (rows is not None and rows < 1):
+        raise PeftlibError(f"n={n}, rows={rows}: give numbers of completions from 1.")
+    if n > 1 and settings.get("temperature") == 0:
+        raise PeftlibError(
+            f"n={n} completions at temperature=0 are one and the same. Give a temperature above 0."
+        )
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    size = rows or len(repeated) or 1
+    completions = [
+        ids
+        for start in range(0, len(repeated) or 1, size)
+        for ids in generate(model, repeated[start : start + size], **settings).lists()
+    ]
+    rewards = checked_rewards(reward, [list(prompt) for prompt in repeated], completions).tolist()
     found = []
     for i, prompt in enumerate(prompts):
         group = range(i * n, (i + 1) * n)
@@ -76,7 +94,7 @@ def best_of(
                 Encoded([*prompt, *completions[top]], labels),
                 completions[top],
                 rewards[top],
-                sum(rewards[j] for j in group) / n,
+                rewards[top] + sum(rewards[j] - rewards[top] for j in group) / n,
             )
         )
     return found

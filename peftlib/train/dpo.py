@@ -122,7 +122,8 @@ def kto(
 
     Args:
         model: the policy, its tuning enabled.
-        batch: from :func:`peftlib.train.pad_judged`; its mismatched completions give the KL.
+        batch: from :func:`peftlib.train.pad_judged`; its mismatched completions give the KL. It is that of each batch
+            alone, also where ``accumulate`` makes a step of several: make batches as large as memory allows.
         reference: names of the tunings that make it; none is the base. Or a module.
         beta: how soon gains and losses saturate.
         desirable_weight: of good answers.
@@ -140,8 +141,8 @@ def kto(
         >>> from peftlib.train import Encoded, Judged, pad_judged
         >>> model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9))
         >>> tuning = peftlib.attach(model, peftlib.LoRA(rank=2), targets=["1"])
-        >>> good = Judged(Encoded([1, 2], [-100, 2]), desirable=True)
-        >>> loss, rows = kto(model, pad_judged([good, Judged(good.example, desirable=False)], pad_id=0))
+        >>> good, bad = (Judged(Encoded([i, 2], [-100, 2]), desirable=i == 1) for i in (1, 3))
+        >>> loss, rows = kto(model, pad_judged([good, bad], pad_id=0))
         >>> round((loss / rows).item(), 4)
         0.5
     """

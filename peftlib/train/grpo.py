@@ -25,6 +25,7 @@ from peftlib.train.online import (
     names_with,
     parameters_of,
     stepped,
+    together,
 )
 from peftlib.train.parallel import Ranks
 from peftlib.train.policy import grpo_loss
@@ -75,7 +76,7 @@ def grpo(
         scale: divide by the group's standard deviation, see :func:`peftlib.train.grpo_advantages`.
         aggregate: ``"token"``, ``"sequence"`` or ``"fixed"``, see :func:`peftlib.train.grpo_loss`.
         epochs: passes over the completions of an iteration.
-        minibatch: completions per optimizer step; None is all.
+        minibatch: completions per optimizer step, of each process; None is all.
         rows: completions in one forward, if memory is short; changes no result but by rounding.
         clip: how far a ratio may fall, ``1 - clip``.
         clip_high: how far it may rise; None is ``clip``.
@@ -126,14 +127,17 @@ def grpo(
     check_settings(**settings, rows=rows)
 
     def iteration(batch: list[Any], before: Mapping[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
-        done = roll_out(
-            model,
-            [prompt for prompt in batch for _ in range(group_size)],
-            reward,
-            reference=reference,
-            sampling=sampling,
-            missing_stop_penalty=missing_stop_penalty,
-            rows=rows,
+        done = together(
+            ranks,
+            lambda: roll_out(
+                model,
+                [prompt for prompt in batch for _ in range(group_size)],
+                reward,
+                reference=reference,
+                sampling=sampling,
+                missing_stop_penalty=missing_stop_penalty,
+                rows=rows,
+            ),
         )
         advantages_B = grpo_advantages(done.scores, group_size, scale=scale)
         tally = Tally(clip, clip if clip_high is None else clip_high, rounding(model))

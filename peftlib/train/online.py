@@ -6,12 +6,13 @@ ratio of two probabilities is about the policy, not about what was dropped.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from peftlib.train.saving import Place
 from peftlib.train.schedules import Schedule, constant, scheduled
 from peftlib.train.step import NonFiniteError
 
+Made = TypeVar("Made")
 Iteration = Callable[[list[Any], Mapping[str, Any] | None, Ranks], dict[str, Any]]
 """(prompts, the row before or None, the processes) -> a row of numbers, alike on all of them."""
 
@@ -61,7 +63,8 @@ def improve(
     ranks = _ranks(parallel, prompts, first.param_groups[0]["params"][0].device, seed)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     optimizers = [optimizer for _, optimizer in trained.values()]
-    place = Place(folder, trained, {"seed": seed, **settings}, prompts, ranks)
+    base = None if folder is None else ranks.agreed(base_of(model))
+    place = Place(folder, trained, {"seed": seed, **settings, "base": base}, prompts, ranks)
     ranks.engage(parallel, model, first)
     for optimizer in optimizers:
         optimizer.zero_grad()
@@ -117,11 +120,38 @@ def check_shares(prompts: Any, world: int) -> None:
         raise PeftlibError(
             f"{world} processes share the rows of train.Batches; got {type(prompts).__name__}."
         )
-    if prompts.size % world or len(prompts.examples) % prompts.size % world:
+    if prompts.size % world or prompts.draws % prompts.size % world:
         raise PeftlibError(
-            f"Batches of {prompts.size} from {len(prompts.examples)} prompts leave some of {world} processes with "
+            f"Batches of {prompts.size} from {prompts.draws} prompts an epoch leave some of {world} processes with "
             "fewer rows than others. Give numbers that they divide."
         )
+
+
+def together(ranks: Ranks, make: Callable[[], Made]) -> Made:
+    """What this process makes; an error on one of them is one on all, who would wait for it otherwise."""
+    done = False
+    try:
+        made = make()
+        done = True
+    finally:
+        failed = ranks.total(not done)[0]
+    if failed:
+        raise PeftlibError(
+            f"{failed:.0f} of {ranks.world} processes failed in a rollout; their own errors say why."
+        )
+    return made
+
+
+def base_of(model: nn.Module) -> str:
+    """A digest of some values of each parameter of the base: whether a training goes on with the one it began with."""
+    own = {id(p) for tuning in tunings(model).values() for p in tuning.parameters()}
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in own:
+            flat = parameter.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // 16)].float().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)} {some.tolist()}".encode())
+    return digest.hexdigest()
 
 
 def stepped(

@@ -82,11 +82,12 @@ def pad_pairs(pairs: Sequence[Pair], pad_id: int) -> dict[str, Any]:
 def pad_judged(judged: Sequence[Judged], pad_id: int) -> dict[str, Any]:
     """``inputs`` and ``labels`` (B, T), ``desirable`` (B,), and the same prompts with each other's completions.
 
-    ``mismatched`` has each prompt with the completion of the next row, from which KTO estimates its KL; with one row
-    in the batch that is its own.
+    ``mismatched`` has each prompt with the completion of the next row that has another prompt, from which KTO estimates
+    its KL. Where both are longer than the batch, the prompt loses its beginning.
 
     Raises:
-        PeftlibError: an example whose prompt is not one piece before its completion.
+        PeftlibError: an example without a completion, or whose prompt is not one piece before it; a batch of one prompt
+            alone, which has no mismatched completion (batches of one row, too).
 
     Example:
         >>> good = Judged(Encoded([1, 2], [-100, 2]), True)
@@ -94,11 +95,17 @@ def pad_judged(judged: Sequence[Judged], pad_id: int) -> dict[str, Any]:
         >>> batch["desirable"].tolist(), batch["mismatched"]["inputs"].tolist()
         ([True, False], [[1, 4], [3, 2]])
     """
-    halves = [_halves(one.example) for one in judged]
-    others = [
-        Encoded(prompt + done, [IGNORE] * len(prompt) + done)
-        for (prompt, _), (_, done) in zip(halves, [*halves[1:], *halves[:1]], strict=True)
-    ]
+    halves = [_halves(i, one.example) for i, one in enumerate(judged)]
+    width, others = max((len(one.example.ids) for one in judged), default=0), []
+    for i, (prompt, _) in enumerate(halves):
+        done = next((done for other, done in (*halves[i:], *halves[:i]) if other != prompt), None)
+        if done is None:
+            raise PeftlibError(
+                f"KTO estimates a KL from completions of other prompts, and all {len(judged)} row(s) of this batch "
+                "have one prompt. Give larger batches, and shuffle them."
+            )
+        prompt = prompt[max(0, len(prompt) + len(done) - width) :]
+        others.append(Encoded(prompt + done, [IGNORE] * len(prompt) + done))
     return {
         **pad([one.example for one in judged], pad_id),
         "desirable": torch.tensor([one.desirable for one in judged]),
@@ -125,15 +132,20 @@ def judged_padder(tokenizer: Tokenizer) -> Callable[[Sequence[Judged]], dict[str
     Example:
         >>> from peftlib.train import Batches, byte_tokenizer
         >>> tokenizer = byte_tokenizer()
-        >>> judged = [Judged(encode(Example((("1+1=", False), ("2", True))), tokenizer), True)]
+        >>> texts = [("1+1=", "2", True), ("2+2=", "5", False)]
+        >>> judged = [
+        ...     Judged(encode(Example(((a, False), (b, True))), tokenizer), good) for a, b, good in texts
+        ... ]
         >>> [batch["inputs"].shape for batch in Batches(judged, 8, judged_padder(tokenizer))]
-        [torch.Size([1, 6])]
+        [torch.Size([2, 6])]
     """
     return partial(pad_judged, pad_id=tokenizer.pad_id)
 
 
-def _halves(example: Encoded) -> tuple[list[int], list[int]]:
-    first = next(i for i, label in enumerate(example.labels) if label != IGNORE)
+def _halves(row: int, example: Encoded) -> tuple[list[int], list[int]]:
+    first = next((i for i, label in enumerate(example.labels) if label != IGNORE), None)
+    if first is None:
+        raise PeftlibError(f"Row {row} has no completion: all its labels are -100. Leave empty ones out.")
     if example.labels[first:] != example.ids[first:]:
         raise PeftlibError("KTO takes a prompt and one completion after it; here are several trained pieces.")
     return example.ids[:first], example.ids[first:]

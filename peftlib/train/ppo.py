@@ -31,6 +31,7 @@ from peftlib.train.online import (
     names_with,
     parameters_of,
     stepped,
+    together,
 )
 from peftlib.train.outputs import first_tensor
 from peftlib.train.parallel import Ranks
@@ -94,6 +95,7 @@ def ppo(
     steps: int,
     sampling: Mapping[str, Any],
     reference: Reference = (),
+    value_under: Sequence[str] = (),
     missing_stop_penalty: float = 0.0,
     kl: float | AdaptiveKL = 0.05,
     kl_kind: str = "k1",
@@ -114,20 +116,21 @@ def ppo(
         prompts: batches of rows of ids, again and again: ``Batches(prompts, 16)``.
         reward: (prompts, completions), lists of ids -> one number each; see :class:`peftlib.train.RewardModel`.
         policy: what is trained.
-        value: a second tuning with ``NewHead(1)`` for an output, acting alone on the base.
+        value: a second tuning with ``NewHead(1)`` for an output.
         optimizer: of the policy's parameters.
         value_optimizer: of the value's.
         steps: iterations.
         sampling: settings of :func:`peftlib.train.generate`: ``{"max_new_tokens": 32, "stop_ids": [2]}``. Its
             temperature holds for the reference and the update too.
         reference: names of the tunings that make it; none is the base.
+        value_under: names of the tunings that the value stands on, ``("sft",)``; none is the base alone.
         missing_stop_penalty: taken from the score of a completion that no stop id ended.
         kl: weight of the penalty per token, or how it is to change.
         kl_kind: ``"k1"`` or ``"k3"``, see :func:`peftlib.train.kl_estimate`.
         gamma: discount per token.
         lam: see :func:`peftlib.train.gae`.
         epochs: passes over the completions of an iteration.
-        minibatch: completions per optimizer step; None is all.
+        minibatch: completions per optimizer step, of each process; None is all.
         rows: completions in one forward, if memory is short; changes no result but by rounding.
         clip: of the ratio, see :func:`peftlib.train.ppo_policy_loss`.
         value_clip: of the value, see :func:`peftlib.train.ppo_value_loss`.
@@ -168,6 +171,7 @@ def ppo(
         True
     """
     names = names_with(model, policy, [value])
+    value_names = (*value_under, value.name)
     check_policy(policy, optimizer, "the policy")
     check_policy(value, value_optimizer, "the value")
     settings: dict[str, Any] = {
@@ -186,16 +190,19 @@ def ppo(
     def iteration(batch: list[Any], before: Mapping[str, Any] | None, ranks: Ranks) -> dict[str, Any]:
         weight = _weight(kl, before)
         with use(model, *names):
-            done = roll_out(
-                model,
-                batch,
-                reward,
-                reference=reference,
-                sampling=sampling,
-                missing_stop_penalty=missing_stop_penalty,
-                rows=rows,
+            done = together(
+                ranks,
+                lambda: roll_out(
+                    model,
+                    batch,
+                    reward,
+                    reference=reference,
+                    sampling=sampling,
+                    missing_stop_penalty=missing_stop_penalty,
+                    rows=rows,
+                ),
             )
-        with use(model, value.name), torch.no_grad():
+        with use(model, *value_names), torch.no_grad():
             (values_BT,) = in_parts(lambda part: (values_of(model, part),), done, rows)
         rewards_BT = token_rewards(done, weight, kl_kind)
         advantages_BT, returns_BT = gae(rewards_BT, values_BT, done.mask, gamma, lam)
@@ -212,7 +219,7 @@ def ppo(
                         logps_BT = token_logps(model, part, sampling.get("temperature", 1.0))
                         loss = ppo_policy_loss(logps_BT, part.logps, advantages_BT[some], part.mask, clip)
                         (share * loss).backward(inputs=parameters_of(optimizer))
-                    with use(model, value.name):
+                    with use(model, *value_names):
                         now_BT = values_of(model, part)
                         value_loss = ppo_value_loss(
                             now_BT, values_BT[some], returns_BT[some], part.mask, value_clip
@@ -239,7 +246,7 @@ def ppo(
         settings={
             "algorithm": "ppo",
             "policy": list(names),
-            "value": value.name,
+            "value": list(value_names),
             "kl": asdict(kl) if isinstance(kl, AdaptiveKL) else kl,
             **kept(sampling, reference),
             **settings,

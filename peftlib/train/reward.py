@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlib import PeftlibError, Tuning, use
+from peftlib import PeftlibError, Tuning, tunings, use
+from peftlib.train.decoding import running
 from peftlib.train.evaluation import mode
 from peftlib.train.losses import IGNORE
 from peftlib.train.outputs import forward, get
@@ -77,16 +78,22 @@ def score(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return values_BT.gather(1, last_B[:, None])[:, 0]
 
 
-def reward_model(model: nn.Module, batch: Mapping[str, Any], *, centering: float = 0.0) -> tuple[Tensor, int]:
+def reward_model(
+    model: nn.Module, batch: Mapping[str, Any], *, centering: float = 0.0, under: Sequence[str] = ()
+) -> tuple[Tensor, int]:
     """:func:`peftlib.train.reward_loss` of the pairs' scores; for :func:`peftlib.train.fit`.
 
     Args:
         model: with the reward's tuning enabled.
         batch: from :func:`peftlib.train.pad_pairs`, its margins included.
         centering: see :func:`peftlib.train.reward_loss`.
+        under: names of the tunings that the reward's stands on, if any, as :class:`RewardModel` is told them too.
 
     Returns:
         The sum over pairs, and their number.
+
+    Raises:
+        PeftlibError: other tunings are enabled than these and one more: what is trained is not what would judge.
 
     Example:
         >>> import peftlib
@@ -98,6 +105,13 @@ def reward_model(model: nn.Module, batch: Mapping[str, Any], *, centering: float
         >>> round(loss.item(), 4), pairs  # ln 2: it cannot tell them apart
         (0.6931, 1)
     """
+    enabled = [name for name, tuning in tunings(model).items() if tuning.enabled]
+    if enabled and (len(enabled) != len(under) + 1 or not set(under) < set(enabled)):
+        raise PeftlibError(
+            f"Enabled are {enabled}, and RewardModel judges with the reward's tuning on top of under={tuple(under)}. "
+            "Call peftlib.use(model, ...) with the reward's alone, or name what it stands on, under=('sft',), here and "
+            "to RewardModel."
+        )
     chosen, rejected = score(model, batch).chunk(2)
     margin = batch.get("margin")
     return reward_loss(chosen, rejected, None if margin is None else margin.to(chosen), centering) * len(
@@ -141,6 +155,10 @@ class RewardModel:
         tuning: on the policy's own model, or on another.
         pad_id: fills rows; never the last token of one.
         rows: scored at a time.
+        under: names of the tunings that were enabled with it when it was trained; none is the base alone.
+
+    Raises:
+        PeftlibError: a tuning without a head of one number; prompts and completions that do not go together.
 
     Example:
         >>> import peftlib
@@ -150,28 +168,41 @@ class RewardModel:
         (torch.Size([1, 1, 9]), torch.Size([1]))
     """
 
-    def __init__(self, tuning: Tuning, *, pad_id: int = 0, rows: int = 64):
+    def __init__(self, tuning: Tuning, *, pad_id: int = 0, rows: int = 64, under: Sequence[str] = ()):
         _head(tuning)
-        self.tuning, self.pad_id, self.rows = tuning, pad_id, rows
+        if rows < 1:
+            raise PeftlibError(f"rows={rows}: give a number of completions at a time, from 1.")
+        self.tuning, self.pad_id, self.rows, self.under = tuning, pad_id, rows, tuple(under)
+        self.shift = 0.0
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
         """Score each completion after its prompt."""
         model = self.tuning.model
         device = next(model.parameters()).device
+        if len(prompts) != len(completions) or not len(prompts):
+            raise PeftlibError(
+                f"RewardModel takes a completion for each prompt; got {len(prompts)} and {len(completions)}."
+            )
         whole = [torch.tensor([*p, *c], device=device) for p, c in zip(prompts, completions, strict=True)]
+        if not all(len(row) for row in whole):
+            empty = next(i for i, row in enumerate(whole) if not len(row))
+            raise PeftlibError(f"Prompt and completion {empty} have no id together, so they have no score.")
         found = []
-        with use(model, self.tuning.name), mode(model, False):
+        with use(model, *self.under, self.tuning.name), mode(model, False):
             for start in range(0, len(whole), self.rows):
                 some = whole[start : start + self.rows]
                 ids = nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=self.pad_id)
                 lengths = torch.tensor([len(row) for row in some], device=device)
                 there = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-                found.append(score(model, {"inputs": ids, "attention_mask": there}))
-        return torch.cat(found)
+                with running(model, ids):
+                    found.append(score(model, {"inputs": ids, "attention_mask": there}))
+        return torch.cat(found) - self.shift
 
     def centre(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> RewardModel:
         """Shift the head's bias so that these have a mean score of 0, as answers of the SFT model should.
+
+        What the bias's dtype leaves of the mean, bfloat16's three digits, is taken off here.
 
         Raises:
             PeftlibError: the head has no bias.
@@ -181,6 +212,7 @@ class RewardModel:
             raise PeftlibError("The reward's head has no bias to shift. Make it with NewHead(1, bias=True).")
         with torch.no_grad():
             bias.sub_(self(prompts, completions).mean().to(bias))
+            self.shift += self(prompts, completions).mean().item()
         return self
 
 

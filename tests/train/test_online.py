@@ -12,6 +12,7 @@ import peftlib
 from peftlib import LoRA, NewHead, PeftlibError
 from peftlib.train import (
     AdaptiveKL,
+    Balanced,
     Batches,
     NonFiniteError,
     RewardModel,
@@ -406,8 +407,30 @@ def test_the_best_of_n_and_fine_tuning_on_it():
     assert model.probabilities()[2] > 0.8
     with pytest.raises(PeftlibError, match="n=0"):
         best_of(model, [[0]], arm, 0, max_new_tokens=1)
-    first = best_of(model, [[0]], lambda p, c: [0.0] * len(c), 3, max_new_tokens=1, temperature=0)
-    assert first[0].reward == 0.0
+    with pytest.raises(PeftlibError, match="rows=0"):
+        best_of(model, [[0]], arm, 2, rows=0, max_new_tokens=1)
+    with pytest.raises(PeftlibError, match="n=3 completions at temperature=0 are one and the same"):
+        best_of(model, [[0]], arm, 3, max_new_tokens=1, temperature=0)
+    assert len(best_of(model, [[0]], arm, 1, max_new_tokens=1, temperature=0)) == 1
+    # where all earn the same, choosing told nothing
+    found = best_of(model, [[0]], lambda p, c: [0.1] * len(c), 6, max_new_tokens=1)
+    assert found[0].reward == found[0].mean
+
+
+def test_the_best_of_n_drawn_in_parts():
+    seen = []
+
+    def reward(prompts, completions):
+        return [float(ids[0]) for ids in completions]
+
+    class Watched(Chain):
+        def forward(self, ids):
+            seen.append(len(ids))
+            return super().forward(ids)
+
+    found = best_of(Watched(), [[0], [1, 2]], reward, 6, rows=5, max_new_tokens=1)
+    assert seen == [5, 5, 2]
+    assert [best.example.ids[:-1] for best in found] == [[0], [1, 2]]
 
 
 # -- several processes -------------------------------------------------------------------------------------------------
@@ -450,7 +473,10 @@ def test_two_processes_improve_one_policy(tmp_path):
 
 def test_prompts_that_processes_cannot_share_are_refused():
     check_shares(Batches([[0]] * 8, 4), 2)
-    with pytest.raises(PeftlibError, match="Batches of 3 from 9 prompts leave some of 2 processes"):
+    with pytest.raises(PeftlibError, match="Batches of 3 from 9 prompts an epoch leave some of 2 processes"):
         check_shares(Batches([[0]] * 9, 3), 2)
+    # what counts is how many an epoch draws
+    with pytest.raises(PeftlibError, match="Batches of 4 from 5 prompts an epoch"):
+        check_shares(Batches([[0]] * 8, 4, sampler=Balanced([1.0] * 8, draws=5)), 2)
     with pytest.raises(PeftlibError, match="got list"):
         check_shares([[[0]]], 2)

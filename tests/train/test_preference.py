@@ -249,6 +249,24 @@ def test_mismatched_completions_stand_after_others_prompts():
     assert batch["desirable"].tolist() == [True, False]
 
 
+def test_mismatched_completions_are_of_another_prompt_and_fit_where_the_rows_do():
+    def judged(*rows):
+        return [Judged(Encoded(p + c, [-100] * len(p) + c), i % 2 == 0) for i, (p, c) in enumerate(rows)]
+
+    # rows of one prompt next to one another, as pairs that were taken apart are
+    batch = pad_judged(judged(([1], [2]), ([1], [3]), ([4], [5]), ([4], [6])), 0)
+    assert batch["mismatched"]["inputs"].tolist() == [[1, 5], [1, 5], [4, 2], [4, 2]]
+    # a long prompt with a long completion loses its beginning
+    batch = pad_judged(judged(([1, 2, 3], [4]), ([5], [6, 7, 8])), 0)
+    assert batch["inputs"].shape == batch["mismatched"]["inputs"].shape == (2, 4)
+    assert batch["mismatched"]["inputs"].tolist() == [[3, 6, 7, 8], [5, 4, 0, 0]]
+    for rows in ([([1], [2])], [([1], [2]), ([1], [3])]):
+        with pytest.raises(PeftlibError, match=f"all {len(rows)} row.* have one prompt. Give larger batches"):
+            pad_judged(judged(*rows), 0)
+    with pytest.raises(PeftlibError, match="Row 1 has no completion"):
+        pad_judged([*judged(([1], [2])), Judged(Encoded([1, 2], [-100, -100]), True)], 0)
+
+
 def test_pairs_from_text():
     pair = encode_pair(Preference("a", "b", "cd"), byte_tokenizer())
     assert pair.rejected == Encoded([97, 99, 100, 257], [-100, 99, 100, 257])
@@ -300,6 +318,31 @@ def test_a_reward_model_is_a_tuning_with_a_head_on_the_base():
     assert abs(judge.centre(prompts, completions)(prompts, completions).mean().item()) < 1e-6
 
 
+def test_a_reward_model_judges_as_it_was_trained():
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    sft = peftlib.attach(model, {"1": LoRA(rank=4)}, name="sft")
+    torch.nn.init.normal_(sft.state_dict()["1.lora.b"])
+    reward = init_head(peftlib.attach(model, {"2": NewHead(1)}, name="reward"))
+    batch = pad_pairs(pairs(), pad_id=0)
+    with pytest.raises(PeftlibError, match=r"Enabled are \['sft', 'reward'\].*under=\('sft',\)"):
+        reward_model(model, batch)
+    assert reward_model(model, batch, under=("sft",))[1] == 4
+    trained = score(model, {"inputs": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3)})
+    torch.testing.assert_close(RewardModel(reward, under=("sft",))([[1]], [[2, 3]]), trained)
+    assert not torch.allclose(RewardModel(reward)([[1]], [[2, 3]]), trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_centred_scores_have_a_mean_of_zero_in_any_dtype(dtype):
+    model = Chain().to(dtype)
+    reward = init_head(peftlib.attach(model, {"1": NewHead(1)}, name="reward"))
+    with torch.no_grad():
+        reward.state_dict()["1.newhead.bias"].fill_(37.3)
+    prompts, completions = [[0], [1], [2], [3]] * 4, [[1], [2], [3], [0]] * 4
+    scores = RewardModel(reward).centre(prompts, completions)(prompts, completions)
+    assert abs(scores.mean().item()) < 1e-4
+
+
 def test_the_head_begins_small():
     model = torch.nn.Sequential(torch.nn.Embedding(4, 1023), torch.nn.Linear(1023, 4))
     tuning = init_head(peftlib.attach(model, {"1": NewHead(1)}))
@@ -318,6 +361,17 @@ def test_the_head_begins_small():
             "(1, 2, 4).*NewHead(1)",
         ),
         (lambda m: reward_accuracy(m, []), "no batches"),
+        (lambda m: RewardModel(peftlib.attach(m, {"1": NewHead(1)}), rows=0), "rows=0"),
+        (lambda m: RewardModel(peftlib.attach(m, {"1": NewHead(1)}))([], []), "got 0 and 0"),
+        (lambda m: RewardModel(peftlib.attach(m, {"1": NewHead(1)}))([[1]], [[1], [2]]), "got 1 and 2"),
+        (
+            lambda m: RewardModel(peftlib.attach(m, {"1": NewHead(1)}))([[1], []], [[], []]),
+            "completion 1 have no",
+        ),
+        (
+            lambda m: RewardModel(peftlib.attach(m, {"1": NewHead(1)}))([[1]], [[99]]),
+            "the largest of them 99",
+        ),
         (
             lambda m: RewardModel(peftlib.attach(m, {"1": NewHead(1, bias=False)})).centre([[1]], [[2]]),
             "no bias to shift",

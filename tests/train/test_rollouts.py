@@ -13,6 +13,7 @@ from peftlib import LoRA, NewHead, PeftlibError
 from peftlib.train import Batches, Rollout, grpo_advantages, init_head, kl_estimate, roll_out, whiten
 from peftlib.train.parallel import ALONE
 from peftlib.train.tally import Tally
+from tests.ranks import launch
 from tests.train.rl import Chain, policy_and_value
 from tests.train.test_online import arm, run_grpo, run_ppo
 
@@ -239,3 +240,111 @@ def test_a_training_goes_on_with_the_settings_it_had(change, tmp_path):
     with pytest.raises(PeftlibError, match=f"was trained with {next(iter(change))}="):
         run(2, resume=True, **change)
     assert len(run(2, resume=True).rows) == 2
+
+
+def test_a_training_goes_on_with_the_base_it_had(tmp_path):
+    settings = {"sampling": {"max_new_tokens": 1}, "checkpoint_dir": tmp_path}
+    run_ppo(policy_and_value(), steps=1, **settings)
+    with pytest.raises(PeftlibError, match="was trained with base="):
+        run_ppo(policy_and_value(seed=9), steps=2, resume=True, **settings)
+    run_ppo(policy_and_value(), steps=2, resume=True, **settings)
+
+
+def test_a_value_may_stand_on_another_tuning():
+    model = Chain()
+    sft = peftlib.attach(model, {"0": LoRA(rank=2)}, name="sft")
+    nn.init.normal_(sft.state_dict()["0.lora.b"])
+    policy = peftlib.attach(model, {"1": LoRA(rank=2)}, name="policy")
+    value = init_head(peftlib.attach(model, {"1": NewHead(1)}, name="value"))
+    peftlib.use(model, "sft", "policy")
+    seen = set()
+    value.state_dict()
+    model[1].register_forward_pre_hook(
+        lambda *_: seen.add(tuple(n for n, t in peftlib.tunings(model).items() if t.enabled))
+    )
+    run_ppo((model, policy, value), reference=("sft",), value_under=("sft",), steps=1)
+    assert seen == {("sft", "policy"), ("sft",), ("sft", "value")}
+    assert all(p.grad is None for p in sft.parameters())
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+SHARED = """
+import sys, torch, torch.distributed as dist
+from peftlib.train import Batches, Generated, completion_logps, grpo, ppo
+from tests.train.rl import policy_and_value
+
+rank, world, place = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if world > 1:
+    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=world)
+
+def drawn(model, prompts, **settings):
+    made, seen = [], {}
+    for prompt in prompts:  # completions of a prompt and its turn alone, of 1 to 4 tokens
+        turn = seen[tuple(prompt)] = seen.get(tuple(prompt), 0) + 1
+        generator = torch.Generator().manual_seed(prompt[0] + 4 * prompt[1] + 16 * turn)
+        made.append(torch.randint(0, 4, (1 + (prompt[0] + turn) % 4,), generator=generator))
+    pad = lambda rows: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in made])
+    completions, steps = pad(made), torch.arange(int(lengths.max()))
+    found = Generated(
+        ids=pad([torch.cat((torch.tensor(p), row)) for p, row in zip(prompts, made)]), mask=steps < lengths[:, None],
+        prompt_lengths=torch.tensor([len(p) for p in prompts]), completions=completions, cached=False,
+        logps=torch.zeros(completions.shape), stopped=lengths < 3,
+    )
+    found.logps.copy_(completion_logps(model, found)[0].detach())
+    return found
+
+sys.modules["peftlib.train.rollouts"].generate = drawn
+prompts = [[i, j] for i in range(4) for j in range(2)]
+reward = lambda p, c: [float(sum(ids)) * (1 + prompt[0]) for prompt, ids in zip(p, c)]
+for algorithm in ("ppo", "token", "sequence", "fixed"):
+    model, policy, value = policy_and_value()
+    model.double()
+    sgd = lambda tuning: torch.optim.SGD(tuning.parameters(), lr=0.1)
+    common = dict(
+        policy=policy, optimizer=sgd(policy), steps=2, sampling={"max_new_tokens": 5, "stop_ids": [3]},
+        parallel="ddp" if world > 1 else None, clip_norm=None, missing_stop_penalty=0.5,
+    )
+    batches = Batches(prompts, 8, shuffle=False)
+    if algorithm == "ppo":
+        found = ppo(model, batches, reward, value=value, value_optimizer=sgd(value), epochs=2, **common)
+    else:
+        found = grpo(model, batches, reward, group_size=3, aggregate=algorithm, epochs=2, **common)
+    numbers = [x for row in found.rows for _, x in sorted(row.items())]
+    print([f"{x:.5f}" for x in numbers])
+    print([f"{x:.6f}" for tuning in (policy, value) for p in tuning.parameters() for x in p.flatten().tolist()])
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one(tmp_path):
+    """With completions that the prompt decides: the same values and the same log, whoever has which rows."""
+    (alone,), (first, second) = launch(SHARED, 1, tmp_path), launch(SHARED, 2, tmp_path)
+    assert first == second == alone
+
+
+FAILS = """
+import sys, torch, torch.distributed as dist
+from peftlib.train import Batches, grpo
+from tests.train.rl import policy_and_value
+
+rank, world, place = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=world)
+model, policy, _ = policy_and_value()
+try:
+    grpo(
+        model, Batches([[0]] * 8, 4), lambda p, c: [float("nan") if rank else 0.0] * len(c), policy=policy,
+        optimizer=torch.optim.SGD(policy.parameters(), lr=0.1), steps=3, sampling={"max_new_tokens": 1}, parallel="ddp",
+    )
+except Exception as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_a_reward_that_fails_on_one_process_ends_all(tmp_path):
+    first, second = launch(FAILS, 2, tmp_path)
+    assert "1 of 2 processes failed in a rollout" in first
+    assert "gave nan for completion 0" in second
