@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import distributed
+
 from peftlib import PeftlibError
 from peftlib.commands import add_method_options
+from peftlib.train.saving import last_step
 from peftlib.train.sft import CASTS, CHOICES, SCHEDULES, sft
 
 EPILOG = """\
@@ -39,18 +45,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         1 example to train on...
         0
     """
-    options = _parser().parse_args(arguments)
+    with contextlib.nullcontext() if _speaks() else contextlib.redirect_stderr(io.StringIO()):
+        options = _parser().parse_args(arguments)
     try:
         sft(options)
     except PeftlibError as error:
-        sys.stderr.write(f"{error}\n")
+        _tell(str(error))
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(
-            f"\nStopped. The same command with --resume goes on from the last checkpoint in {options.out}.\n"
+        done = last_step(options.out)
+        kept = "before the first checkpoint." if done is None else f"with a checkpoint after step {done}."
+        _tell(
+            f"\nStopped {kept} The same command{'' if done is None else ' with --resume'} goes on from there."
         )
         return 130
     return 0
+
+
+def _speaks() -> bool:
+    """Whether this process is the first of its machine, all of which run into the same mistakes."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _tell(text: str) -> None:
+    # once they train together, one may fail where the others do not
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        sys.stderr.write(f"process {distributed.get_rank()}: {text}\n")
+    elif _speaks():
+        sys.stderr.write(f"{text}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add = task.add_argument
     add("--model", required=True, metavar="PATH.PY:FUNCTION", help="what makes the model")
     add("--data", required=True, type=Path, metavar="FILE", help="JSON lines to train on")
-    add("--eval", type=Path, metavar="FILE", help="JSON lines to evaluate on after each epoch")
+    add("--eval", type=Path, metavar="FILE", help="JSON lines to evaluate on")
     add(
         "--eval-share",
         type=float,
@@ -95,9 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--schedule", choices=list(SCHEDULES), default="cosine", help="(default cosine)")
     add("--warmup", type=int, default=0, metavar="STEPS", help="steps over which the rate rises (default 0)")
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default 0)")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradients (default 1)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradients, 0 for none (default 1)")
     add("--epochs", type=int, help="passes over the data (default 3)")
     add("--steps", type=int, help="or steps in all")
+    for what in ("checkpoint", "evaluate"):
+        usual = "(default: an epoch's, at most 500)"
+        add(f"--{what}-every", type=int, metavar="STEPS", help=f"steps until it does so again {usual}")
     add("--batch", type=int, default=8, help="examples at a time, in all processes together (default 8)")
     add("--accumulate", type=int, default=1, help="batches per step (default 1)")
     add("--length", type=int, default=512, help="longest example in tokens (default 512)")

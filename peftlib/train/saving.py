@@ -174,6 +174,14 @@ class Place:
         return self.folder / f"{name}-{step}.safetensors"
 
 
+def last_step(folder: Path) -> int | None:
+    """How many steps the training in a folder has made, if there is one."""
+    if not (folder / STATE).exists():
+        return None
+    with reading(folder / STATE) as file:
+        return int(file.about["state"]["step"])
+
+
 def _described(batches: Any) -> dict[str, Any]:
     """What a place in the data is a place in."""
     if isinstance(batches, Batches):

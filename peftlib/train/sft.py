@@ -13,17 +13,21 @@ import torch
 from torch import nn
 
 from peftlib import FullFineTuning, PeftlibError, Tuning, attach, summary
+from peftlib.charts import check_file
 from peftlib.commands import METHODS, Options, function_of
+from peftlib.train.arguments import steps_in_all
 from peftlib.train.batches import Batches
 from peftlib.train.chat import ChatTemplate
 from peftlib.train.data import Preference, read_jsonl
-from peftlib.train.evaluation import EarlyStopping
+from peftlib.train.evaluation import EarlyStopping, mode
 from peftlib.train.history import History
+from peftlib.train.interrupt import after_this_step
 from peftlib.train.loop import fit
 from peftlib.train.losses import causal_lm
 from peftlib.train.packing import Encoded, encode, padder
 from peftlib.train.saving import STATE
 from peftlib.train.schedules import constant, cosine, linear
+from peftlib.train.step import NonFiniteError
 from peftlib.train.tokens import Tokenizer, as_tokenizer, byte_tokenizer
 
 CHOICES: dict[str, Callable[[Options], Any]] = {
@@ -33,6 +37,8 @@ CHOICES: dict[str, Callable[[Options], Any]] = {
 SCHEDULES: dict[str, Callable[..., float]] = {"constant": constant, "cosine": cosine, "linear": linear}
 CASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TUNING = "tuning.safetensors"
+MOST = 500
+"""Steps between checkpoints, and between evaluations, where an epoch has more."""
 
 
 def sft(options: Options) -> None:
@@ -51,43 +57,66 @@ def sft(options: Options) -> None:
         raise PeftlibError("--patience counts evaluations: give --eval FILE or --eval-share 0.1")
     if options.steps is not None and options.epochs is not None:
         raise PeftlibError("give --steps or --epochs, not both")
+    if not options.clip >= 0:
+        raise PeftlibError(f"--clip {options.clip:g}: give the largest norm of the gradients, or 0 for none")
+    if options.plot is not None:
+        check_file(options.plot)
     factory, _ = function_of(options.model)
     tokenizer, template = _tokenizer(options)
     examples, held = _examples(options, tokenizer, template, say)
     batches = Batches(examples, options.batch, padder(tokenizer), seed=options.seed)
+    epochs = 3 if options.epochs is None and options.steps is None else options.epochs
+    per_epoch, total = steps_in_all(batches, options.steps, epochs, options.accumulate)
+    if not 0 <= options.warmup < total:
+        raise PeftlibError(
+            f"--warmup {options.warmup}: of {total} step(s) in all, give a number from 0 to {total - 1}"
+        )
+    interval = min(per_epoch or MOST, MOST)
 
     torch.manual_seed(options.seed)
     device = _device(options)
     model = _made(factory, options).to(device)
     tuning = _attached(model, next(iter(batches))["inputs"][:1].to(device), options)
-    _try(model, next(iter(batches)), device, tokenizer)
+    _try(model, [*examples, *held], device, tokenizer)
     say(f"\n{summary(model)}\n\n")
     usual = 2e-5 if options.method == "full" else 2e-4
     rate = usual if options.lr is None else options.lr
-    epochs = 3 if options.epochs is None and options.steps is None else options.epochs
     try:
         optimizer = torch.optim.AdamW(tuning.parameters(), lr=rate, weight_decay=options.weight_decay)
     except ValueError as error:
         raise PeftlibError(f"--lr or --weight-decay: {error}") from error
-    history = fit(
-        model,
-        batches,
-        causal_lm,
-        optimizer=optimizer,
-        steps=options.steps,
-        epochs=epochs,
-        scheduler=partial(SCHEDULES[options.schedule], warmup=options.warmup),
-        accumulate=options.accumulate,
-        clip=options.clip,
-        autocast=CASTS.get(options.autocast),
-        checkpoint_activations=options.checkpointing,
-        evaluate=Batches(held, options.batch, padder(tokenizer), shuffle=False) if held else None,
-        early_stopping=EarlyStopping(patience=options.patience) if options.patience is not None else None,
-        checkpoint_dir=options.out,
-        resume=options.resume,
-        seed=options.seed,
-        parallel=options.parallel,
-    )
+    with after_this_step() as asked:
+        try:
+            history = fit(
+                model,
+                batches,
+                causal_lm,
+                optimizer=optimizer,
+                steps=options.steps,
+                epochs=epochs,
+                scheduler=partial(SCHEDULES[options.schedule], warmup=options.warmup),
+                accumulate=options.accumulate,
+                clip=options.clip or None,
+                autocast=CASTS.get(options.autocast),
+                checkpoint_activations=options.checkpointing,
+                evaluate=Batches(held, options.batch, padder(tokenizer), shuffle=False) if held else None,
+                evaluate_every=interval if options.evaluate_every is None else options.evaluate_every,
+                early_stopping=None if options.patience is None else EarlyStopping(patience=options.patience),
+                checkpoint_dir=options.out,
+                checkpoint_every=interval if options.checkpoint_every is None else options.checkpoint_every,
+                callbacks=[asked],
+                resume=options.resume,
+                seed=options.seed,
+                parallel=options.parallel,
+            )
+        except NonFiniteError as error:
+            numbers = str(error).partition(". ")[0]
+            raise PeftlibError(
+                f"{numbers}. Lower --lr, give --warmup or a smaller --clip, or look for extreme examples."
+            ) from error
+        ended = asked({})
+    if ended:
+        raise KeyboardInterrupt
     _save(tuning, options)
     say(_told(history, options))
 
@@ -194,18 +223,20 @@ def _attached(model: nn.Module, example: torch.Tensor, options: Options) -> Tuni
 
 
 @torch.no_grad()
-def _try(model: nn.Module, batch: Any, device: torch.device, tokenizer: Tokenizer) -> None:
-    """One batch through the model, so that what does not fit is known before anything is written."""
-    batch = {key: value.to(device) for key, value in batch.items()}
+def _try(model: nn.Module, examples: list[Encoded], device: torch.device, tokenizer: Tokenizer) -> None:
+    """The longest example and that of the largest id through the model: what does not fit is known before the start."""
+    extremes = [max(examples, key=lambda e: len(e.ids)), max(examples, key=lambda e: max(e.ids))]
+    batch = {key: value.to(device) for key, value in padder(tokenizer)(extremes).items()}
     try:
-        causal_lm(model, batch)
+        with mode(model, False):
+            causal_lm(model, batch)
     except PeftlibError:
         raise
     except Exception as error:
-        shape = tuple(batch["inputs"].shape)
+        longest, largest = (max(e.ids) if i else len(e.ids) for i, e in enumerate(extremes))
         raise PeftlibError(
-            f"The model cannot take token ids of shape {shape} below {tokenizer.vocabulary} ({type(error).__name__}: "
-            f"{error}). Do --tokenizer and --length go with it?"
+            f"The model cannot take the longest example, of {longest} tokens, beside that of the largest id, {largest} "
+            f"of {tokenizer.vocabulary} ({type(error).__name__}: {error}). Do --tokenizer and --length go with it?"
         ) from error
 
 

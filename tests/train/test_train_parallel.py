@@ -280,3 +280,18 @@ def test_killed_and_resumed_by_as_many_and_by_others(results, tmp_path, kind):
     expected = json.loads((results / f"drawn, {kind}.json").read_text())
     assert rows[:4] == expected[:4]
     assert [row["targets"] for row in rows] == [row["targets"] for row in expected]
+
+
+PLAIN = """
+batches = t.Batches(t.data(), 3, t.PADDED)
+model = t.Model()
+t.fit(model, batches, t.causal_lm, optimizer=t.torch.optim.SGD(model.parameters()), steps=2, parallel="ddp")
+assert all(p.grad is None for p in model.parameters())
+"""
+
+
+def test_ddp_does_not_warn_of_a_model_that_uses_all_it_has(tmp_path):
+    for process in start(HEAD + PLAIN, 2, tmp_path, "plain"):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert "find_unused_parameters" not in errors
