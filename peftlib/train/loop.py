@@ -1,7 +1,7 @@
 """The trainer: windows of batches, a pure loss, a step, a file now and then; read it top to bottom.
 
 Who is killed at any moment and resumes ends with the bits of who never was, on the CPU: everything that a later step
-depends on is in ``State``, the tuning, the optimizer or the random state, and those go into files together.
+depends on is in ``State``, the tuning, the optimizer, buffers or the random state, and those go into files together.
 
 Left out on purpose: regularizers, weights and mining, which are made of losses and samplers.
 """
@@ -72,7 +72,8 @@ def fit(
             are moved to the trained parameters' device.
         loss: (model, batch) -> (sum over the targets, number of targets), of the batch or one per sample; or a scalar
             that counts as one target.
-        optimizer: of the parameters that are trained.
+        optimizer: of the parameters that are trained; the others get no gradients meanwhile. Afterwards each group has
+            its own rate again.
         steps: optimizer steps in all, those before a resumption included.
         epochs: passes over ``batches`` instead, whose length has to be known.
         scheduler: (step, steps in all) -> factor of each group's own rate; ``functools.partial(cosine, warmup=100)``.
@@ -85,14 +86,17 @@ def fit(
             taken for ``eval_loss``) or several by name, ``eval_`` put before them. In eval mode, without gradients, and
             whatever it draws at random, training goes on as if it had not.
         evaluate_every: steps between evaluations; None is once an epoch.
-        early_stopping: when to end before ``steps``; the best values are put back at the end.
+        early_stopping: when to end before ``steps``; the best values are put back at the end. Who goes on with more
+            patience, or without, trains on from the last values.
         nonfinite: ``"stop"`` raises where a loss or gradient is no number, ``"skip"`` leaves out the step and keeps
             the batches in ``history.skipped``, up to 10 steps in succession.
-        checkpoint_dir: folder of its own, for going on after a crash, and ``log.jsonl``; needs a tuning.
+        checkpoint_dir: folder for going on after a crash: ``tuning-<step>.safetensors`` and ``state.safetensors``, of
+            the last checkpoint, and ``log.jsonl``; needs a tuning.
         checkpoint_every: steps between checkpoints; None is once an epoch.
         resume: go on from ``checkpoint_dir``, or begin where nothing is there. The model has to have the same base
-            and tuning, the optimizer the same class and groups, ``batches`` the same contents.
-        callbacks: called with each step's row of the history; one that returns True ends the training.
+            and tuning, the optimizer the same class, groups and rates, ``batches`` the same contents.
+        callbacks: called with each step's row of the history; one that returns True ends the training, with a
+            checkpoint. What they draw, and the modes they set, are not the training's.
         progress: a bar on stderr (needs tqdm) with loss, rate, targets per second (tokens, of a language model), time
             left and memory; None shows it in a terminal only.
         seed: of all generators during training, which are then as they were; None leaves them alone.
