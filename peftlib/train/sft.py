@@ -142,9 +142,8 @@ def _tokenizer(options: Options) -> tuple[Tokenizer, ChatTemplate | None]:
         raise
     except Exception as error:
         raise PeftlibError(f"--tokenizer {named} cannot be read: {error}") from error
-    return as_tokenizer(own, eos=options.eos), ChatTemplate(
-        own, eos=options.eos
-    ) if own.chat_template else None
+    template = ChatTemplate(own, eos=options.eos) if own.chat_template else None
+    return as_tokenizer(own, eos=options.eos), template
 
 
 def _examples(

@@ -8,6 +8,7 @@ import pytest
 
 from peftlib import PeftlibError
 from peftlib.train import ChatTemplate, as_tokenizer, encode, read_jsonl
+from peftlib.train.cli import main
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -99,6 +100,29 @@ def test_the_end_may_be_named_and_has_to_be_known_where_it_is_needed(tmp_path):
         PeftlibError, match=r"line 1: the chat template writes no end.*ChatTemplate\(tokenizer, eos="
     ):
         read(tmp_path, own, turns)
+
+
+def test_the_shells_end_reaches_the_template(tmp_path, capsys):
+    tokenizer(NO_END, None).save_pretrained(tmp_path / "own")
+    row = {"messages": [{"role": role, "content": content} for role, content in TURNS[1:]]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    (tmp_path / "model.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Embedding(99, 8), nn.Linear(8, 99))\n"
+    )
+    files = ["--model", f"{tmp_path / 'model.py'}:build", "--data", str(tmp_path / "data.jsonl")]
+    options = [
+        "--tokenizer",
+        str(tmp_path / "own"),
+        "--targets",
+        "1",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main(["sft", *files, *options, "--eos", "</s>"]) == 0
+    # two characters, each with its end
+    assert "4 of them trained" in capsys.readouterr().out
 
 
 def test_instructions_go_through_it_too(tmp_path):
