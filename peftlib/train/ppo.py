@@ -3,6 +3,9 @@
 One iteration, from top to bottom: draw completions; reward each token with ``-kl`` and the last one with the score too;
 advantages from the values; a few epochs of clipped steps on minibatches.
 
+To read it all: ``generate`` (and ``decoding``) draws, ``rollouts`` judges, ``advantages`` says what each token was
+worth, ``policy`` has the losses, and ``online`` the loop around the iteration that is written down here.
+
 Source: Ouyang et al. 2022, arXiv:2203.02155; the details are those of Huang et al. 2024, arXiv:2403.17031.
 
 Letters: B completions, T tokens.

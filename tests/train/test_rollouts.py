@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import peftlib
-from peftlib import LoRA, NewHead, PeftlibError
+from peftlib import LoRA, NewHead, PeftlibError, train
 from peftlib.train import Batches, Rollout, grpo_advantages, init_head, kl_estimate, roll_out, whiten
 from peftlib.train.parallel import ALONE
 from peftlib.train.tally import Tally
@@ -265,6 +268,15 @@ def test_a_value_may_stand_on_another_tuning():
     run_ppo((model, policy, value), reference=("sft",), value_under=("sft",), steps=1)
     assert seen == {("sft", "policy"), ("sft",), ("sft", "value")}
     assert all(p.grad is None for p in sft.parameters())
+
+
+def test_code_named_beside_equations_is_there():
+    page = (Path(__file__).parents[2] / "docs" / "rlhf.md").read_text(encoding="utf-8")
+    named = re.findall(r"`train\.(\w+)`", page)
+    assert {"gae", "kto_loss", "grpo_advantages", "kl_estimate"} <= set(named)
+    assert [name for name in named if not hasattr(train, name)] == []
+    for name, file in re.findall(r"`(\w+)` in `peftlib/train/(\w+)\.py`", page):
+        assert hasattr(importlib.import_module(f"peftlib.train.{file}"), name)
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""Our losses against the code of TRL's trainers, run on the same log-probabilities; values and gradients."""
+"""Our losses against the code of TRL's trainers, run on the same log-probabilities; values and gradients.
+
+Not ``gae``, ``ppo_policy_loss`` and ``ppo_value_loss``: TRL 1 has no stable PPO trainer to compare with. Their formulas
+are held by twins written out token by token, in ``test_policy``.
+"""
 
 from __future__ import annotations
 
