@@ -225,7 +225,10 @@ def _not_finite(
     row: dict[str, Any], window: list[Any], state: State, what: str, scaler: torch.amp.GradScaler
 ) -> None:
     if scaler.is_enabled() and math.isfinite(row["loss"]):
-        return  # float16's scale was too high, and is lower now
+        if scaler.get_scale() >= 1:
+            return  # float16's scale was too high, and is lower now
+        # with no scale left to blame, and below 1 gradients would vanish
+        scaler.update(1.0)
     state.skips += 1
     state.history.skipped = [*state.history.skipped, (state.step, window)][-SKIPS:]
     if what == "stop" or state.skips > SKIPS:

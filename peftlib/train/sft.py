@@ -25,6 +25,7 @@ from peftlib.train.interrupt import after_this_step
 from peftlib.train.loop import fit
 from peftlib.train.losses import causal_lm
 from peftlib.train.packing import Encoded, encode, padder
+from peftlib.train.parallel import ranks_of
 from peftlib.train.saving import STATE
 from peftlib.train.schedules import constant, cosine, linear
 from peftlib.train.step import NonFiniteError
@@ -114,7 +115,8 @@ def sft(options: Options) -> None:
             raise PeftlibError(
                 f"{numbers}. Lower --lr, give --warmup or a smaller --clip, or look for extreme examples."
             ) from error
-        ended = asked({})
+        # all processes leave, or none: one alone would wait for the others
+        ended = ranks_of(options.parallel, device, options.seed).agreed(asked({}))
     if ended:
         raise KeyboardInterrupt
     _save(tuning, options)

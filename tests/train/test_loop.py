@@ -247,6 +247,39 @@ def test_autocast_and_scaling_train_close_to_float32():
     assert found[1:] == pytest.approx([found[0]] * 2, rel=0.05)
 
 
+def nan_in_the_gradient_alone(at=None):
+    step = itertools.count()
+
+    def loss(model, batch):
+        value, count = squares(model, batch)
+        bad = at is None or next(step) in at
+        return value + (0 * (0 * value).sqrt() if bad else 0), count
+
+    return loss
+
+
+def test_a_gradient_that_no_scale_makes_finite_is_reported():
+    model, tuning = make(torch.float32)
+    options = {"optimizer": adam(tuning), "steps": 99, "autocast": torch.float16}
+    # the scale begins at 2^16, and is halved 17 times before it is not to blame
+    with pytest.raises(NonFiniteError, match=r"Step 16: loss .*gradients nan"):
+        fit(model, data([2], torch.float32), nan_in_the_gradient_alone(), **options)
+    with pytest.raises(NonFiniteError, match="Step 26: loss"):
+        fit(model, data([2], torch.float32), nan_in_the_gradient_alone(), nonfinite="skip", **options)
+
+
+def test_skipped_gradients_do_not_use_up_the_scale():
+    batches, found = data([2], torch.float32), []
+    # one in three is bad: without a floor the scale would end at 2^-24, where gradients vanish
+    for bad, steps in ((range(0, 120, 3), 120), ((), 80)):
+        model, tuning = make(torch.float32)
+        loss, options = nan_in_the_gradient_alone(bad), {"autocast": torch.float16, "nonfinite": "skip"}
+        history = fit(model, batches, loss, optimizer=adam(tuning, 0.01), steps=steps, **options)
+        assert sum(row["made"] for row in history.rows) == 80
+        found.append(history.last("loss"))
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
 class Blocks(nn.Module):
     def __init__(self):
         super().__init__()
