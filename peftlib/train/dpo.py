@@ -100,11 +100,11 @@ def dpo(
     if len(get(batch, "labels")) % 2:
         raise PeftlibError("dpo takes pairs: the chosen rows and then as many rejected ones; see pad_pairs.")
     mean = kind == "ipo"
-    there = _reference_logps(model, batch, reference, mean, head)
+    reference_logps = _reference_logps(model, batch, reference, mean, head)
     with mode(model, False):
         chosen, rejected = sequence_logps(model, batch, mean=mean, head=head).chunk(2)
-    there_chosen, there_rejected = there.chunk(2)
-    loss = dpo_loss(chosen, rejected, there_chosen, there_rejected, beta, label_smoothing, kind)
+    reference_chosen, reference_rejected = reference_logps.chunk(2)
+    loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta, label_smoothing, kind)
     return loss * len(chosen), len(chosen)
 
 
@@ -147,14 +147,14 @@ def kto(
         0.5
     """
     desirable, mismatched = get(batch, "desirable"), get(batch, "mismatched")
-    there = _reference_logps(model, batch, reference, False, head)
+    reference_logps = _reference_logps(model, batch, reference, False, head)
     with mode(model, False):
-        here = sequence_logps(model, batch, head=head)
+        logps = sequence_logps(model, batch, head=head)
         with torch.no_grad():
-            gap = sequence_logps(model, mismatched, head=head)
-    gap = gap - _reference_logps(model, mismatched, reference, False, head)
-    loss = kto_loss(here, there, desirable, gap, beta, desirable_weight, undesirable_weight)
-    return loss * len(here), len(here)
+            log_ratios = sequence_logps(model, mismatched, head=head)
+    log_ratios = log_ratios - _reference_logps(model, mismatched, reference, False, head)
+    loss = kto_loss(logps, reference_logps, desirable, log_ratios, beta, desirable_weight, undesirable_weight)
+    return loss * len(logps), len(logps)
 
 
 def _reference_logps(

@@ -143,18 +143,18 @@ def grpo(
         tally = Tally(clip, clip if clip_high is None else clip_high, rounding(model))
         size = minibatch or len(done.ids)
         for _ in range(epochs):
-            for chosen in minibatches(len(done.ids), size, done.ids.device):
-                (tokens,) = ranks.total(done.mask[chosen].sum())
-                for some in chosen.split(rows or len(chosen)):
-                    part = rows_of(done, some)
+            for places in minibatches(len(done.ids), size, done.ids.device):
+                (tokens,) = ranks.total(done.mask[places].sum())
+                for micro in places.split(rows or len(places)):
+                    part = rows_of(done, micro)
                     share = part.mask.sum().item() / tokens
                     if aggregate != "token":
-                        share = len(some) / (len(chosen) * ranks.world)
+                        share = len(micro) / (len(places) * ranks.world)
                     logps_BT = token_logps(model, part, sampling.get("temperature", 1.0))
                     loss = grpo_loss(
                         logps_BT,
                         part.logps,
-                        advantages_B[some],
+                        advantages_B[micro],
                         part.mask,
                         reference_logps=part.reference_logps,
                         beta=beta,

@@ -119,8 +119,8 @@ def grpo_loss(
         if reference_logps is None:
             raise PeftlibError(f"beta={beta} weighs the KL to a reference: give reference_logps=.")
         check_tokens("grpo_loss", mask, logps=logps, reference_logps=reference_logps)
-        here, there = (torch.where(mask, t, 0) for t in (logps, reference_logps))
-        losses = losses + beta * kl_estimate(here, there, "k3")
+        inside, reference_inside = (torch.where(mask, t, 0) for t in (logps, reference_logps))
+        losses = losses + beta * kl_estimate(inside, reference_inside, "k3")
     if aggregate == "token":
         return masked_mean(losses, mask)
     inside = torch.where(mask, losses, 0)

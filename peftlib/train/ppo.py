@@ -213,19 +213,19 @@ def ppo(
 
         tally = Tally(clip, clip, rounding(model))
         for _ in range(epochs):
-            for chosen in minibatches(len(batch), minibatch or len(batch), done.ids.device):
-                (tokens,) = ranks.total(done.mask[chosen].sum())
-                for some in chosen.split(rows or len(chosen)):
-                    part = rows_of(done, some)
+            for places in minibatches(len(batch), minibatch or len(batch), done.ids.device):
+                (tokens,) = ranks.total(done.mask[places].sum())
+                for micro in places.split(rows or len(places)):
+                    part = rows_of(done, micro)
                     share = part.mask.sum().item() / tokens
                     with use(model, *names):
                         logps_BT = token_logps(model, part, sampling.get("temperature", 1.0))
-                        loss = ppo_policy_loss(logps_BT, part.logps, advantages_BT[some], part.mask, clip)
+                        loss = ppo_policy_loss(logps_BT, part.logps, advantages_BT[micro], part.mask, clip)
                         (share * loss).backward(inputs=parameters_of(optimizer))
                     with use(model, *value_names):
                         now_BT = values_of(model, part)
                         value_loss = ppo_value_loss(
-                            now_BT, values_BT[some], returns_BT[some], part.mask, value_clip
+                            now_BT, values_BT[micro], returns_BT[micro], part.mask, value_clip
                         )
                         (share * value_loss).backward(inputs=parameters_of(value_optimizer))
                     losses = {"loss/policy": loss, "loss/value": value_loss}

@@ -69,12 +69,12 @@ def score(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         tensor([6.])
     """
     output = forward(model, batch, causal=True)
-    there = batch["attention_mask"].bool() if "attention_mask" in batch else get(batch, "labels") != IGNORE
-    values_BT = one_number(output, there)
-    if not there.any(1).all():
-        raise PeftlibError(f"Row {int((~there.any(1)).nonzero()[0])} has no token, so it has no score.")
-    places = torch.arange(there.shape[1], device=there.device)
-    last_B = torch.where(there, places, 0).amax(1)
+    inside = batch["attention_mask"].bool() if "attention_mask" in batch else get(batch, "labels") != IGNORE
+    values_BT = one_number(output, inside)
+    if not inside.any(1).all():
+        raise PeftlibError(f"Row {int((~inside.any(1)).nonzero()[0])} has no token, so it has no score.")
+    places = torch.arange(inside.shape[1], device=inside.device)
+    last_B = torch.where(inside, places, 0).amax(1)
     return values_BT.gather(1, last_B[:, None])[:, 0]
 
 
@@ -139,8 +139,8 @@ def reward_accuracy(model: nn.Module, batches: Any) -> dict[str, float]:
     gaps = []
     with mode(model, False):
         for batch in batches:
-            here = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            chosen, rejected = score(model, here).chunk(2)
+            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            chosen, rejected = score(model, moved).chunk(2)
             gaps.append(chosen - rejected)
     if not gaps:
         raise PeftlibError("reward_accuracy has no batches to judge by.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftlib import PeftlibError
 from peftlib.train.advantages import masked_mean
-from peftlib.train.decoding import running
+from peftlib.train.decoding import rounding, running
 from peftlib.train.evaluation import mode
 from peftlib.train.generate import Generated, checked_stops, generate
 from peftlib.train.outputs import first_tensor
@@ -26,9 +26,6 @@ from peftlib.train.reference import Reference, as_reference
 Done = TypeVar("Done", Generated, "Rollout")
 Reward = Callable[[list[list[int]], list[list[int]]], Any]
 """(prompts, completions), lists of ids without padding -> one number per completion."""
-
-AS_DRAWN = 0.02
-"""Most that log-probabilities read again may differ from those drawn with, per token: in bfloat16 it is 1e-3."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def roll_out(
     with mode(model, False):
         logps, entropy = in_parts(lambda part: completion_logps(model, part, temperature), done, rows)
     off = masked_mean((logps - done.logps).abs(), done.mask).item()
-    if not off <= AS_DRAWN:
+    if not off <= rounding(model):
         raise PeftlibError(
             "Read again in one forward, the completions' log-probabilities differ from those they were drawn with by "
             f"{off:.3g} per token. Either {type(model).__name__} is not causal (a position sees what comes after it), "

@@ -327,6 +327,7 @@ for algorithm in ("ppo", "token", "sequence", "fixed"):
     print([f"{x:.5f}" for x in numbers])
     print([f"{x:.6f}" for tuning in (policy, value) for p in tuning.parameters() for x in p.flatten().tolist()])
 if world > 1:
+    dist.barrier()
     dist.destroy_process_group()
 """
 
@@ -352,6 +353,7 @@ try:
     )
 except Exception as error:
     print(error)
+dist.barrier()
 dist.destroy_process_group()
 """
 
