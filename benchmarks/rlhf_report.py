@@ -21,7 +21,7 @@ SAMPLES = 6
 def rose(before: Sequence[float], after: Sequence[float]) -> bool:
     """Whether scores of the same prompts rose by more than twice the standard error of the mean.
 
-    >>> rose([0.0, 1.0, 0.0], [1.0, 1.0, 1.0]), rose([0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0])
+    >>> rose([0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]), rose([0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0])
     (True, False)
     """
     return fell(-torch.tensor(before), -torch.tensor(after))

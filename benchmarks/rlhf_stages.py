@@ -74,15 +74,15 @@ class Budget:
     context: int = 96
     sft_steps: int = 400
     sft_batch: int = 32
-    drawn: int = 256
-    tries: int = 4
+    drawn: int = 320
+    tries: int = 6
     pairs: int = 32
-    reward_steps: int = 50
+    reward_steps: int = 70
     dpo_steps: int = 60
     ppo_steps: int = 24
     grpo_steps: int = 24
     completions: int = 64
-    held_out: int = 256
+    held_out: int = 384
     seeds: int = 3
 
 
@@ -127,16 +127,16 @@ def sft(model: nn.Module, train: Sequence[Line], budget: Budget, progress: Progr
 
 
 def preferences(model: nn.Module, prompts: Sequence[Ids], tries: int) -> list[Pair]:
-    """Of each prompt with completions of both kinds, the first that parses and the first that does not."""
+    """Of each prompt as many pairs as there are completions of both kinds: one that parses and one that does not."""
     repeated = [prompt for prompt in prompts for _ in range(tries)]
     done = generate(model, repeated, **SAMPLING).lists()
     scores, pairs = truth(repeated, done), []
     for start in range(0, len(done), tries):
         group = range(start, start + tries)
-        good = next((done[i] for i in group if scores[i]), None)
-        bad = next((done[i] for i in group if not scores[i]), None)
-        if good and bad:
-            pairs.append(Pair(completed(repeated[start], good), completed(repeated[start], bad)))
+        good = [done[i] for i in group if scores[i]]
+        bad = [done[i] for i in group if not scores[i]]
+        for better, worse in zip(good, bad, strict=False):
+            pairs.append(Pair(completed(repeated[start], better), completed(repeated[start], worse)))
     return pairs
 
 
@@ -183,7 +183,7 @@ def train_dpo(
     """DPO on the pairs; no completions are drawn, so there is nothing to show of them."""
     batches = Batches(pairs, min(budget.pairs, len(pairs)), partial(pad_pairs, pad_id=NEWLINE), seed=seed)
     fit(
-        model, batches, partial(dpo, reference=("sft",), beta=0.1), optimizer=adam(policy, 1e-3),
+        model, batches, partial(dpo, reference=("sft",), beta=1.0), optimizer=adam(policy, 1e-3),
         steps=budget.dpo_steps, seed=seed, **follow(progress, f"seed {seed}, dpo", "loss"),
     )  # fmt: skip
     return []

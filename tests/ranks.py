@@ -12,6 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+END = """
+import os, sys
+import torch.distributed
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+sys.stdout.flush()
+os._exit(0)
+"""
+"""Together, and without the interpreter's end: gloo's threads may abort in it while a mesh still holds their group."""
 ROOT = Path(__file__).parent.parent
 
 
@@ -19,7 +28,7 @@ def start(script: str, world: int, *given: Any) -> list[subprocess.Popen[str]]:
     """The processes, rank 0 first."""
     if not torch.distributed.is_available():
         pytest.skip("torch is built without torch.distributed")
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)]
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script) + END]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return [

@@ -79,8 +79,6 @@ for (name, p), q in zip(tuning.named_parameters(), loaded.parameters(), strict=T
     assert type(p) is type(q), name
     p, q = (t.to_local() if world > 1 else t for t in (p, q))
     assert torch.equal(p, q), name
-if world > 1:
-    dist.destroy_process_group()
 """
 
 
@@ -156,8 +154,6 @@ for apart in (False, True):
     values = {n: p.full_tensor() if world > 1 else p.detach() for n, p in tuning.named_parameters()}
     if rank == 0:
         torch.save(values, f"{folder}/world{world}-{apart}.pt")
-if world > 1:
-    dist.destroy_process_group()
 """
 
 

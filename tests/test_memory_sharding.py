@@ -78,7 +78,6 @@ if rank == 0:
         "trained": trained, "frozen": frozen, "state": state,
     }
     print(json.dumps(found))
-dist.destroy_process_group()
 """
 
 

@@ -204,15 +204,12 @@ def test_the_page_shows_the_committed_results():
     assert shown in (ROOT / "docs/rlhf.md").read_text(encoding="utf-8")
     assert results["budget"] == dataclasses.asdict(rlhf.Budget())
     # what the page says of them
-    failed = set()
     for one in results["seeds"]:
         rows = one["rows"]
         assert rows["ppo"]["learned"] > rows["sft"]["learned"] + 0.5
-        assert rows["dpo"]["bytes"] < rows["sft"]["bytes"] / 2
         assert all(row["kl"] < 5 for row in rows.values())
-        before = rows["sft"]["true"]
-        failed |= {(n, one["seed"]) for n in rlhf.ALGORITHMS if not rlhf_report.rose(before, rows[n]["true"])}
-    assert failed == {(name, seed) for name in ("dpo", "ppo") for seed in (0, 2)}
+        assert all(rlhf_report.rose(rows["sft"]["true"], rows[name]["true"]) for name in rlhf.ALGORITHMS)
+    assert results["machine"]["seconds"] < 8 * 60
 
 
 def test_without_matplotlib_there_is_no_figure(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 T = TypeVar("T")
 _VERSION = operator.attrgetter("_version")
@@ -25,7 +26,7 @@ class FrozenCache:
     _held: Sequence[Any] = ()
 
     def __call__(self, parameters: Sequence[Tensor], compute: Callable[[], T]) -> T:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(parameters[0], FakeTensor):
             self.clear()
             return compute()
         try:
@@ -35,7 +36,7 @@ class FrozenCache:
                 *map(_VERSION, parameters),
                 *map(Tensor.data_ptr, parameters),
             )
-        except RuntimeError:  # inference tensors have no version, fake ones no memory
+        except RuntimeError:  # inference tensors have no version
             self.clear()
             return compute()
         if key != self._key:

@@ -458,7 +458,6 @@ for algorithm in ("ppo", "grpo"):
     row = found.rows[0]
     print(row["completions"], row["targets"], found.rows[0]["objective/scores"], found.last("objective/scores"))
     print([round(x, 6) for p in policy.parameters() for x in p.flatten().tolist()])
-dist.destroy_process_group()
 """
 
 

@@ -326,9 +326,6 @@ for algorithm in ("ppo", "token", "sequence", "fixed"):
     numbers = [x for row in found.rows for _, x in sorted(row.items())]
     print([f"{x:.5f}" for x in numbers])
     print([f"{x:.6f}" for tuning in (policy, value) for p in tuning.parameters() for x in p.flatten().tolist()])
-if world > 1:
-    dist.barrier()
-    dist.destroy_process_group()
 """
 
 
@@ -353,8 +350,6 @@ try:
     )
 except Exception as error:
     print(error)
-dist.barrier()
-dist.destroy_process_group()
 """
 
 
