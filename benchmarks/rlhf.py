@@ -11,7 +11,8 @@ held-out lines.
 Policy, reference, value and reward are tunings of one model. What the seeds differ in begins after SFT: the prompts,
 the pairs, the reward model and the three policies are drawn and trained anew.
 
-Left out on purpose: searching rates and weights by seed; they were set by hand, DPO's on seeds 1 and 2.
+Left out on purpose: searching rates and weights by seed; they were set by hand, DPO's and the pairs
+on seeds 1 and 2 with the same held-out lines.
 """
 
 from __future__ import annotations
